@@ -5,20 +5,22 @@
     python benchmarks/forward.py --ranks 4                        # Ulysses on one, two and four GPUs, beside diffusers
     python benchmarks/forward.py --tiny --layers 2                # a quick check, also on a CPU, also with --ranks 2
 
-The ways run in turn, so that the GPU's clock, which drops under load, affects them equally; the median is reported.
-Each row has ms, TFLOP/s, the share of the bf16 peak, peak memory beyond the weights, and a relative error. The error
-compares the way's first layers with the same layers in float32. By design, `diffusers` computes the text's keys and
-values in every block of every forward; we compute them once per prompt.
---profile adds a table of where the time goes. --reference compares a block with one in the original program's style.
---by-depth times eager blocks of several depths on the streams that reach them. --tiny sets grid, kernels and diffusers.
+A way is one implementation of the forward. The ways run in turn, because the GPU's clock drops under load and must
+affect all ways equally. The median of a way's rounds is reported. Each row has ms, TFLOP/s, the share of the bf16 peak,
+peak memory beyond the weights, and a relative error. The error compares the way's first layers with the same layers in
+float32. By design, diffusers computes the text's keys and values in every block of every forward; wanfast computes them
+once per prompt.
+--profile adds a table of the time of each kernel. --reference times one of our blocks beside a block in the original
+program's style. --by-depth times eager blocks at several depths, each on the activations that reach this depth. --tiny
+sets --grid, --kernels and --diffusers, and takes small layers.
 
---ranks times compiled ways only: the first kernel on each GPU by itself, with Ulysses over groups of two GPUs, of four,
-and so on to all ranks, and diffusers with its own Ulysses. All groups of a way work at once and the slowest counts, so
-that "ulysses 2" on four GPUs takes as long as a step whose branches are computed side by side. `comparison` holds each
-way's efficiency, which is the time of one GPU divided by the ranks and their time, and our time and output with all
-ranks against diffusers' (`relative_difference` is that of the whole velocity). If diffusers is not installed or fails,
-its way is missing and `diffusers` says why; its Ulysses needs tokens and heads that the ranks divide. The last line is
-one JSON document.
+--ranks times compiled ways only. They are the first kernel on each GPU by itself, the first kernel with Ulysses over
+groups of 2, 4, ... and all GPUs, and diffusers with its own Ulysses. All groups of a way work at once, and the slowest
+group counts. So "ulysses 2" on four GPUs takes as long as a step whose two branches run at once, each on two GPUs.
+`comparison` holds each way's efficiency: the seconds of one GPU / (the number of GPUs * their seconds). It also
+compares our time and our velocity on all ranks with those of diffusers (`ratio_to_diffusers`, `relative_difference`).
+If diffusers is not installed or fails, its rows are missing and `diffusers` says why. The Ulysses of diffusers needs
+numbers of tokens and of heads that are multiples of the number of ranks. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -86,23 +88,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers)
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 90, 160), help="latent frames, height, width")
-    parser.add_argument("--kernels", default="fa3,cudnn", help="our attention kernels; --rounds applies to the first")
+    parser.add_argument("--kernels", default="fa3,cudnn", help="our attention kernels; --rounds is for the first one")
     parser.add_argument(
-        "--diffusers", choices=(*DIFFUSERS_BACKENDS, "none"), default="cudnn", help="diffusers' attention, or none"
+        "--diffusers",
+        choices=(*DIFFUSERS_BACKENDS, "none"),
+        default="cudnn",
+        help="attention backend of diffusers; none leaves out diffusers",
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, help="of our first kernel, compiled, and of diffusers, compiled"
+        "--rounds", type=int, default=3, help="rounds of our compiled first kernel, and of compiled diffusers"
     )
     parser.add_argument("--other-rounds", type=int, default=1, help="rounds of all other ways")
     parser.add_argument(
         "--eager", action=argparse.BooleanOptionalAction, default=True, help="also run without compiling"
     )
     parser.add_argument("--compile-mode", default="default")
-    parser.add_argument("--error-layers", type=int, default=2, help="layers of the float32 reference; 0 for none")
+    parser.add_argument("--error-layers", type=int, default=2, help="layers that are compared with float32; 0 for none")
     parser.add_argument(
-        "--reference", type=int, default=0, metavar="ROUNDS", help="time a block in the reference style"
+        "--reference", type=int, default=0, metavar="ROUNDS", help="also time a block in the original program's style"
     )
-    parser.add_argument("--by-depth", type=int, default=0, metavar="ROUNDS", help="time blocks of several depths")
+    parser.add_argument(
+        "--by-depth", type=int, default=0, metavar="ROUNDS", help="also time eager blocks at several depths"
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--tiny", action="store_true")
@@ -112,7 +119,7 @@ def main() -> None:
     if min(options.ranks, options.rounds, options.other_rounds, options.layers) < 1:
         parser.error("--ranks, --rounds, --other-rounds and --layers must be 1 or more")
     if options.ranks > 1 and (options.reference or options.by_depth):
-        parser.error("--reference and --by-depth need one GPU: drop them, or drop --ranks")
+        parser.error("--reference and --by-depth run on one GPU only: drop these options, or drop --ranks")
     if options.ranks == 1:
         measure(options, Ranks("cuda" if torch.cuda.is_available() else "cpu"))
         return
@@ -296,7 +303,10 @@ def first_layers(blocks: nn.ModuleList, layers: int) -> Iterator[None]:
 
 
 def warm(way: Way, device: str, ranks: Ranks) -> None:
-    """Runs two layers, which compile every graph: in diffusers' Ulysses the first layer has a graph of its own."""
+    """Runs the first two layers, so that all graphs are compiled, and stores the seconds in `way.first_s`.
+
+    Two layers are needed, because the first layer in diffusers' Ulysses has another graph than all others.
+    """
     started = time.perf_counter()
     with first_layers(way.blocks, 2):
         way.velocity()
@@ -354,9 +364,11 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def comparison(ways: list[Way]) -> dict[str, Any]:
-    """Returns what the medians of ways on several ranks say, and how far our velocity is from diffusers'.
+    """Returns the efficiency of each way on several ranks, and compares the last of these ways with diffusers.
 
-    The first way is one rank alone.
+    `ways` begins with the forward on one rank. "efficiency" is {way: seconds on one rank / (ranks * seconds)}.
+    "ratio_to_diffusers" is our median time divided by that of diffusers. "relative_difference" is the relative distance
+    of our velocity from that of diffusers. Both are missing if diffusers did not run.
     """
     seconds = {way.name: statistics.median(way.seconds) for way in ways}
     shared = [way for way in ways if way.name.startswith("ulysses")]

@@ -10,7 +10,7 @@ from wanfast.runtime.device.timing import synchronize
 
 
 def medians(ways: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Returns the median seconds of each way, with the device synchronised; one extra first round warms up."""
+    """Returns the median seconds of each way, with the device synchronised, after a first round that is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():

@@ -30,12 +30,15 @@ def main() -> None:
 
 
 def lines(root: Path) -> list[str]:
-    """Returns the lines of the table and of the declaration of its figures, or the line that says why none is there."""
+    """Returns the lines of the table and of the declaration of its figures.
+
+    If the JSON file of the result is missing, returns lines that say that nothing was measured.
+    """
     if not (root / OWN).exists():
         return [
-            "Not measured yet: the tiny model that ships knows neither last images nor photographs. `make tiny-kinds` "
-            "measures a model that does,",
-            "and fills in the figures here.",
+            "Not measured yet: the tiny model that ships was trained without last images and without photographs. "
+            "`make tiny-kinds`",
+            "measures a model that was trained with both, and writes the figures here.",
         ]
     document = json.loads((root / OWN).read_text())
     figures: dict[str, str] = {}

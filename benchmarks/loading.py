@@ -1,9 +1,9 @@
 """Measures time and memory of ranks that load an expert of true size: `python benchmarks/loading.py --device cuda`.
 
-The checkpoint comes from tests/sparse_model.py. Its values are holes in files, so that no disk is read and no download
-is needed. Everything after the disk is real: page cache, copies, casts, exchanges. Each rank is a fresh process, so
-that its peak memory is its own. The loaded values are compared with the checkpoint's marks, except quantized ones. The
-last line is one JSON document.
+The checkpoint comes from tests/sparse_model.py. Its files are sparse: their holes read as zeros, so that no disk is
+read and no download is needed. Everything after the disk is real: page cache, copies, casts, exchanges. Each rank is a
+fresh process, so that its peak memory is its own. The checkpoint holds a few known values, the marks. Loaded values are
+compared with these marks, unless the expert is quantized. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -46,11 +46,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ranks", type=int, default=1, help="processes that share the reading, one GPU each")
-    parser.add_argument("--fsdp", action="store_true", help="each rank keeps only its own rows; needs several ranks")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="number of ranks that share the reading; each has its own GPU"
+    )
+    parser.add_argument(
+        "--fsdp", action="store_true", help="shard the weights: each rank keeps only its own rows; needs several ranks"
+    )
     parser.add_argument("--scheme", choices=get_args(Scheme), help="quantize the expert first, and load the result")
-    parser.add_argument("--experts", type=int, choices=(1, 2), default=1, help="2 reads the same file twice")
-    parser.add_argument("--folder", type=Path, help="the checkpoint's folder, written if missing; temporary by default")
+    parser.add_argument(
+        "--experts", type=int, choices=(1, 2), default=1, help="number of experts to load; 2 loads the same file twice"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="folder of the checkpoint, which is written if it is missing; by default a temporary folder",
+    )
     options = parser.parse_args()
     if options.fsdp and options.scheme:
         parser.error("--fsdp needs unquantized experts: drop --fsdp or --scheme")

@@ -2,24 +2,27 @@
 
     python benchmarks/lossy.py                          # A14B's 40 layers at 1280x720x81, one GPU: density 0.35
     python benchmarks/lossy.py --density 0.5 --layers 8
-    python benchmarks/lossy.py --ranks 4                # a step on one GPU and on four, sparse, with fp8 linears
+    python benchmarks/lossy.py --ranks 4                # a step on one GPU and on four
     python benchmarks/lossy.py --tiny                   # a quick check, also on a CPU, also with --ranks 2
 
-Self-attention is sparse or in float8, each with bf16 linears and with fp8 linears. The timed forwards have no guards:
-all layers are lossy. Further ways make the lists of blocks, or measure the error; `shares` holds what this adds to a
-forward. Lists serve for several steps, so that a video pays only a part of their share. The ways run in turn, and the
-median is reported. `ratio` is that to the compiled bf16 forward; lossy ways are not compiled.
-`relative_error` compares the velocity after the first layers with float32, and `checked` holds the errors of heads.
-With random weights, neither shows what a video loses. `sampled` compares the error of 64 queries of each head with that
-of all queries, in one layer: the share of heads for which both agree within a fifth. `video` is the plan of a whole
-video, with its guards. `guards` predicts the mean forward of this video with and without guards, from the measured
-forwards: exact calls of self-attention, lossy ones, and the making of lists.
+Self-attention is sparse or in float8, each with bf16 linears and with fp8 linears. All layers of the timed forwards are
+lossy: no layer is guarded, which means kept dense. Some rows also make the lists of blocks ("lists made"), or measure
+the error ("checked"). `shares` holds the time that this work adds, as a share of the same forward without this work. A
+video uses the same lists for several steps, so the lists add less to a video. All rows are measured in turn, and the
+median is reported. `ratio` is a row's time divided by the time of the compiled bf16 forward. Forwards with lossy
+attention are not compiled.
+`relative_error` compares the velocity after the first layers with float32, and `checked` holds the errors of heads. The
+weights are random, so neither error shows what a video loses. `sampled` is about one layer. It is the share of heads
+for which the error of 64 sampled queries is within a fifth of the error of all queries. `video` is the plan of a whole
+video, in which the first steps and layers stay dense. `guards` predicts the mean forward of this video, and of the same
+video without dense steps and layers. The prediction uses the measured forwards: exact, lossy, and with lists.
 Each forward is printed when it is measured. No forward begins that would probably end after --within. After Ctrl-C or
-SIGTERM, the document has what was measured, and `interrupted` is true. The last line is one JSON document.
+SIGTERM, the document holds what was measured, and `interrupted` is true. The last line is one JSON document.
 
---ranks times a step with both branches of guidance, sparse and with fp8 linears: on each GPU by itself, and on all of
-them, as guidance in parallel and Ulysses. `efficiency` is the time of one GPU divided by the ranks and their time, and
-`relative_difference` is that of the velocities. `with_lists_s` is a step that makes lists; `step_s` is the mean.
+--ranks times a step with both branches of guidance, sparse attention and fp8 linears: on each GPU by itself, and on all
+GPUs, which divide the branches and the tokens. `efficiency` is the seconds of one GPU / (the number of GPUs * their
+seconds). `relative_difference` is the relative distance of the two velocities. A step that makes lists takes
+`with_lists_s`. `step_s` is the mean over the steps of a video.
 """
 
 from __future__ import annotations
@@ -62,6 +65,7 @@ from wanfast.runtime.models.attention_check import sampled_errors
 from wanfast.runtime.models.bricks import TokenOrder
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import plan_json, sparsity_json
 
 BF16, MADE, CHECKED = "bf16, compiled", ", lists made", ", checked"
 KINDS = ("sparse", "fp8")
@@ -73,11 +77,19 @@ def main() -> None:
     parser.add_argument("--size", default="1280x720")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--density", type=float, default=0.35)
-    parser.add_argument("--hadamard", action=argparse.BooleanOptionalAction, help="as in --fp8-hadamard")
-    parser.add_argument("--kernel", default=None, help="exact attention  [default: fa3 on a GPU, flash on a CPU]")
+    parser.add_argument(
+        "--hadamard",
+        action=argparse.BooleanOptionalAction,
+        help="multiply q and k by a Hadamard matrix in float8, as --fp8-hadamard does",
+    )
+    parser.add_argument(
+        "--kernel", default=None, help="kernel of exact attention  [default: fa3 on a GPU, flash on a CPU]"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--within", type=float, default=200, help="seconds after the imports; not with --ranks")
-    parser.add_argument("--error-layers", type=int, default=2, help="layers of the float32 reference; 0 for none")
+    parser.add_argument(
+        "--error-layers", type=int, default=2, help="number of layers that are compared with float32; 0 for none"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs that share a step; an even number, or 1")
     parser.add_argument("--tiny", action="store_true")
@@ -124,7 +136,7 @@ def measure(options: argparse.Namespace) -> None:
     facts = _facts(options, spec) | {"interrupted": interrupted, "ways": rows, "shares": shares(rows)}
     facts |= {"checked": {name: errors for each in tried for name, errors in each.errors()}, "sampled": sampled}
     plans = {kind: [plan_of(options, spec, kind, guarded=guarded) for guarded in (True, False)] for kind in KINDS}
-    facts |= {"video": plans["sparse"][0].sparsity_json(), "guards": guards(rows, plans)}
+    facts |= {"video": sparsity_json(plans["sparse"][0]), "guards": guards(rows, plans)}
     print(json.dumps(facts | _found(options)), flush=True)
     if interrupted:
         raise SystemExit(130)
@@ -158,8 +170,8 @@ def _facts(options: argparse.Namespace, spec: ModelSpec) -> dict[str, Any]:
         "layers": options.layers,
         "tokens": plan.geometry.tokens,
         "kernel": options.kernel,
-        "fp8": plan_of(options, spec, "fp8").to_json()["fp8_attention"],
-        "sparsity": plan.sparsity_json(),
+        "fp8": plan_json(plan_of(options, spec, "fp8"))["fp8_attention"],
+        "sparsity": sparsity_json(plan),
     }
 
 
@@ -233,7 +245,10 @@ def plan_of(
 
 
 def shares(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Returns what lists and checks add to the forward of the way without them, as a share of this forward."""
+    """Returns {row: share of time}, for each row that makes lists or checks errors.
+
+    The share is the added time divided by the time of the same forward without lists and checks.
+    """
     return {
         name: round(row["ms"] / rows[plain]["ms"] - 1, 4)
         for name, row in rows.items()
@@ -360,7 +375,7 @@ class Tried:
         return self._model(*self._inputs.arguments(text), **options)[0]
 
     def errors(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields (way, the errors of its heads) of the ways that are checked."""
+        """Yields (name, errors over all heads) of each way whose error is checked."""
         for kind, (lossy, _) in self._lossy.items():
             lossy._seed = 0
             if report := lossy.report():
@@ -368,7 +383,10 @@ class Tried:
                 yield f"{self._name}, {kind}{CHECKED}", errors
 
     def sampled(self) -> dict[str, float]:
-        """Returns for each kind the share of heads whose sampled error is within a fifth of their whole error."""
+        """Returns {"sparse" or "fp8": share of heads} in the first layer.
+
+        A head counts if the error of its sampled queries differs by at most a fifth from the error of all its queries.
+        """
         found: dict[str, float] = {}
 
         def compare(kind: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *others: Any) -> Tensor:

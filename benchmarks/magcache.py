@@ -4,9 +4,9 @@
     python benchmarks/magcache.py --steps 20 --rounds 2
     python benchmarks/magcache.py --tiny                   # a quick check, also on a CPU
 
-The loop is the pipeline's own. One expert of random weights stands for both experts. The plan comes from the published
-curve. The cost of skipping is (ratio of the two median times) / (share of computed forwards) - 1. The last line is one
-JSON document.
+The loop is the pipeline's own. One expert with random weights is used as both experts. The plan of the skips comes from
+the published curve. The cost of skipping is (median time with skips / median time without) / (share of computed
+forwards) - 1; 0 means that a skipped forward is free. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import magcache_json
 from wanfast.runtime.sampling.magcache import resample
 from wanfast.runtime.store.curves import Curve, published_curve, steps_of
 from wanfast.runtime.weights.experts import ResidentExperts
@@ -106,7 +107,7 @@ def measure(options: argparse.Namespace) -> None:
                 f"{name}: {found[name][-1]:.2f} s, peak {hardware.peak_memory_bytes(device) / 1e9:.1f} GB", flush=True
             )
     times = {name: statistics.median(values) for name, values in found.items()}
-    plan = cast(dict[str, Any], cached.magcache_json())
+    plan = cast(dict[str, Any], magcache_json(cached))
     ratio, share = times["cached"] / times["full"], 1 - plan["skipped_forwards"] / plan["total_forwards"]
     print(f"{ratio:.4f} of the time for {share:.4f} of the forwards: skipping costs {ratio / share - 1:+.2%}")
     facts = {"layers": dit.num_layers, "size": f"{g.width}x{g.height}", "frames": g.frames, "tokens": g.tokens}

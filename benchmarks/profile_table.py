@@ -1,6 +1,7 @@
 """Profiles a forward: the shares of attention, linears and everything else in its time, and the time of each kernel.
 
-With several ranks, also the time in which a GPU only exchanges, and in which it waits for its host.
+On a GPU, the profile also has the time in which the GPU only exchanges data with other GPUs, and the time in which no
+kernel runs, because the GPU waits for its host.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ GROUPS = {
 def profile_table(forward: Callable[[], object], device: str, *, quiet: bool = False) -> dict[str, Any]:
     """Profiles one call and prints a table to stderr, unless it is `quiet`.
 
-    Returns {"shares": {group: share of the time}, "kernels": [{"name", "group", "ms", "calls", "share"}, ...]}, and on
-    a GPU "span": the milliseconds from the first kernel to the end of the last one, of these without any kernel, and
-    with exchanges only.
+    Returns {"shares": {group: share of the time}, "kernels": [{"name", "group", "ms", "calls", "share"}, ...]}, with
+    the 24 kernels that take most time. On a GPU the result also has "span", in milliseconds: "ms" from the start of the
+    first kernel to the end of the last one, "idle_ms" without any kernel, and "only_exchanges_ms" with exchanges only.
     """
     activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:

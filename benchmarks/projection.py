@@ -1,12 +1,13 @@
-"""Projects whole videos to 8 GPUs from the JSON files of benchmarks/results, and says what 4 GPUs showed of it.
+"""Projects the time of whole videos on 8 GPUs from JSON files of benchmarks/results, and checks this with 4 GPUs.
 
     python benchmarks/projection.py      # writes benchmarks/results/projection.json, docs/projection.svg and the tables
 
-docs/projection.md has the model, and its tables are written by this program. The model is fitted on a forward, the VAE
-and whole videos on one GPU and on two. Files of four GPUs check it as soon as they are in the folder, by their names:
-forward-4xGPU.json, vae-4xGPU.json and whole-video-random-4xGPU.json. The first of these also has one GPU and two of the
-same host in the same run, and is then what the forward is fitted on. GPU is h100 or h200; files that one kind lacks are
-those of an H200. A test writes all of them again, so that they follow the JSON files.
+docs/projection.md explains the cost model, and this program writes the tables of the page. The model is fitted on
+measurements of a forward, of the VAE and of whole videos on one GPU and on two. If files of four GPUs are in the
+folder, the model is compared with them: forward-4xGPU.json, vae-4xGPU.json and whole-video-random-4xGPU.json, where GPU
+is h100 or h200. The file forward-4xGPU.json also has times of one GPU and of two from the same run. If this file
+exists, the forward is fitted on these times. A file that is missing for the H100 is replaced by the file of the H200. A
+test runs this program and compares what it writes with the page, so that the tables follow the JSON files.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Holds the fitted model, the files that it comes from, and those of four GPUs, by what each one measured."""
+    """Holds the fitted model, the files of its fit, and the files of four GPUs that check it.
+
+    The keys of both groups of files say what a file measured, such as "forward" or "vae".
+    """
 
     kind: str
     model: CostModel
@@ -64,12 +68,18 @@ class Fitted:
 
     @property
     def error_on_4(self) -> float | None:
-        """Returns the last check's error, which is a whole video's if one was measured; None without a check."""
+        """Returns the relative error of the last check on four GPUs, or None if there was no check.
+
+        If whole videos were measured on four GPUs, the last check is about them.
+        """
         return self.checks[-1]["error"] if self.checks else None
 
 
 def fitted(results: Path) -> Fitted:
-    """Fits the model on the files of a folder, and checks it on those of four GPUs."""
+    """Fits the model on the files of the folder `results`, and checks it on the files of four GPUs.
+
+    Ends the process with a message if a file, or a figure in a file, is missing.
+    """
     kind = next((kind for kind in KINDS if (results / f"forward-4x{kind}.json").exists()), OTHERS)
     files = _files_of_fit(results, kind)
     on_4 = {role: results / f"{name}-4x{kind}.json" for role, name in FILES.items()}
@@ -133,7 +143,10 @@ def _rounded(values: Any) -> Any:
 
 
 def tables(document: dict[str, Any]) -> list[str]:
-    """Returns the lines of the page: the projected seconds by term, the checks, and where each figure is from."""
+    """Returns the lines of both tables of the page, and of the declaration of their figures.
+
+    The tables are the projected seconds of each term of the model, and the checks.
+    """
     figures: dict[str, str] = {}
 
     def cell(value: float, path: str, form: str = "{:.1f} s") -> str:
@@ -165,7 +178,10 @@ def tables(document: dict[str, Any]) -> list[str]:
 
 
 def picture(document: dict[str, Any]) -> str:
-    """Returns the SVG: a bar for each number of GPUs, of the terms; what was not measured has another colour."""
+    """Returns an SVG picture with a bar for each number of GPUs; a bar's parts are the terms of the model.
+
+    The bar of 8 GPUs has other colours, because it is only projected.
+    """
     longest = max(video["total"] for video in document["videos"].values())
     width, height, frames = document["size"]
     title = f"a video of {width}x{height}, {frames} frames, {document['steps']} steps, {document['gpu'].upper()}"

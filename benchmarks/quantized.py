@@ -4,9 +4,10 @@
     python benchmarks/quantized.py --layers 3 --grid 2 32 32 --device cpu     # for the errors only, on any machine
     python benchmarks/quantized.py --tiny                           # a quick check
 
-All schemes quantize the same random weights. The ways run in turn, and the median is reported. A layer's error is the
-relative error of what it adds to the stream. The reference is the same layer in float32 with unquantized weights; both
-layers get the stream of the bf16 model. The last line is one JSON document.
+All schemes quantize the same random weights. The models run in turn, and the median of each is reported. A layer's
+error is the relative error of the tensor that the layer adds to its input. The reference is the same layer in float32
+with unquantized weights; both layers get the input that this layer has in the bf16 model. The last line is one JSON
+document.
 """
 
 from __future__ import annotations
@@ -44,7 +45,12 @@ def main() -> None:
     parser.add_argument("--kernel", default=None, help="attention  [default: fa3 on a GPU, flash on a CPU]")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--error-layers", type=int, default=3, help="layers whose error is measured; each needs 1.5 GB")
+    parser.add_argument(
+        "--error-layers",
+        type=int,
+        default=3,
+        help="number of layers whose error is measured; each needs 1.5 GB of memory",
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true")

@@ -3,10 +3,14 @@
     torchrun --nproc-per-node 2 benchmarks/ranks.py                     # A14B's shapes, 10 of its 40 layers
     torchrun --nproc-per-node 4 benchmarks/ranks.py --tiny              # a quick check, also on a CPU
 
-One step is both branches of guidance. `unguided` is a step without guidance, on all ranks, and `regrouped` is a step of
-`cfg` and then one of `unguided`. The ways run in turn for several rounds, and the median is reported. All ranks
-wait for each other before and after each way. Weights and inputs are random. More layers would only move the efficiency
-closer to that of one layer. Prints the relative error against one rank; the last line is one JSON document.
+One step is a forward of both branches of guidance. The rows are:
+`one`: each rank computes the whole step. `ulysses`: all ranks share the tokens of each branch, and exchange q, k and v
+one by one. `ulysses packed`: they exchange q, k and v together. `cfg`: each half of the ranks computes one branch.
+`unguided`: a step without guidance, which is one branch on all ranks. `regrouped`: a step of `cfg`, and then a step of
+`unguided`.
+The rows are measured in turn for several rounds, and the median is reported. All ranks wait for each other before and
+after each step. Weights and inputs are random. Ten layers are enough: with more layers, the work outside of the layers
+would weigh less. The program prints each row's relative error against `one`. The last line is one JSON document.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/readme_table.py      # writes README.md's table and benchmarks/results/readme-table.json
 
-The reports are benchmarks/results/bench-4xh100.json and other files whose names begin so: the document that `wanfast
-bench --recipes published,ours --num-gpus 4 --json` prints last. If several have a recipe, the last one counts, by the
-order of their names. The last column projects the measured seconds to 8 GPUs by the model of docs/projection.md. A cell
-without a measurement is a dash, and the legend says why. A test writes the table again.
+The reports are the files benchmarks/results/bench-4xh100*.json. Each holds the last line that `wanfast bench --recipes
+published,ours --num-gpus 4 --json` prints. If several reports measured a recipe, the report whose name sorts last
+counts. The last column projects the measured seconds to 8 GPUs by the model of docs/projection.md. A cell without a
+measurement is a dash, and the legend says why. A test compares README.md with what this program writes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def main() -> None:
 
 
 def table(results: Path) -> dict[str, Any]:
-    """Returns the rows of the table: {recipe: its seconds, or why it has none}."""
+    """Returns {"rows": {recipe: its seconds, or why it has none}, "error_on_4": the projection's error on 4 GPUs}.
+
+    Ends the process with a message if a report comes from other GPUs.
+    """
     found = fitted(results)
     rows: dict[str, dict[str, Any]] = {
         recipe: {"published_s": PUBLISHED_S.get(recipe), "on_4_s": None, "on_8_s": None, "why": NOT_YET}
@@ -120,7 +123,7 @@ def _legend(document: dict[str, Any], figures: dict[str, str]) -> str:
             missing.setdefault(row["why"], []).append(f"`{recipe}`")
     parts = ["Seconds of one video; ours are encoding, denoising and decoding."]
     if any(row.get("estimated") for row in rows.values()):
-        parts.append("A few steps were timed, and multiplied.")
+        parts.append("The seconds of denoising were computed from a few timed steps.")
     parts.append("A dash: not published, or not measured.")
     if list(missing) == [NOT_YET] and len(missing[NOT_YET]) == len(rows):
         parts.append("Nothing was measured on 4 H100 yet, so that nothing is projected.")

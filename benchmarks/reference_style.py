@@ -1,8 +1,9 @@
 """Runs a block eagerly in the style of the original program, with which the published times were measured.
 
-This is not the original code. It copies these choices: the time embedding expanded to one row per token, modulation in
-float32 by that row, rotation as complex128 products, every projection under autocast, text keys and values computed in
-every layer of every forward, FlashAttention-2.
+This is not the original code, but it makes the same choices. The time embedding is expanded to one row per token, and
+each token is modulated by its row in float32. The rotary embedding is a product of complex128 numbers. Every projection
+runs under autocast. The text's keys and values are computed in every layer of every forward. The kernel of attention is
+FlashAttention-2.
 """
 
 from __future__ import annotations

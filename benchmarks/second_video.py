@@ -5,12 +5,13 @@
     python benchmarks/second_video.py --layers 1 --steps 2 --size 64x64 --frames 5 --device cpu   # a quick check
     python benchmarks/second_video.py --model tiny --lora --steps 2 --size 64x64 --frames 5 --device cpu   # another
 
-The experts and the text encoder are holes, as in `whole_video.py`: the figures are of loading, memory and the ends of a
-video. `loading` holds the seconds and bytes of what a video loaded, and `disk_bytes` is what all ranks got from a disk
-and not from the page cache.
-With --lora, each video has one of two LoRA files of rank 64, which change all linears of both experts: two videos have
-the first file, two the second one, and so on. `another_set` compares videos with other LoRAs than the video before with
-those that have the same. The last line is one JSON document.
+The files of the experts and of the text encoder are holes, which read as zeros, as in `whole_video.py`. So the figures
+are true for loading, memory, the start and the end of a video, but not for the time of a step. `loading` holds the
+seconds and the bytes of each model that a video loaded. `disk_bytes` counts what the ranks read from a disk: bytes from
+the page cache do not count.
+With --lora, each video has one of two LoRA files of rank 64, which change all linears of both experts. Two videos have
+the first file, the next two have the second one, and so on. `another_set` compares videos that have other LoRAs than
+the video before with videos that have the same LoRAs. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -41,10 +42,15 @@ PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=A14B.dit.num_layers, help="of each expert and, up to 24, of UMT5")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=A14B.dit.num_layers,
+        help="number of layers of each expert, and of UMT5, which has at most 24",
+    )
     parser.add_argument("--model", help="a model with its own weights, such as tiny, instead of holes")
-    parser.add_argument("--lora", action="store_true", help="videos with one of two LoRAs; at least 3 videos")
-    parser.add_argument("--videos", type=int, help="[default: 2, with --lora 4]")
+    parser.add_argument("--lora", action="store_true", help="give each video one of two LoRAs; needs 3 videos or more")
+    parser.add_argument("--videos", type=int, help="number of videos  [default: 2, with --lora 4]")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--size", default="1280x720")
     parser.add_argument("--frames", type=int, default=81)

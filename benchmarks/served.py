@@ -137,10 +137,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="the model that is served, such as tiny")
     parser.add_argument("--random", action="store_true", help="a model of random weights instead")
-    parser.add_argument("--layers", type=int, default=A14B.dit.num_layers, help="of each expert and, up to 24, of UMT5")
-    parser.add_argument("--folder", type=Path, help="of the random model, written if missing; temporary by default")
-    parser.add_argument("--videos", type=int, default=3, help="that are queued at once")
-    parser.add_argument("--clients", type=int, default=4, help="that ask while videos are made")
+    parser.add_argument(
+        "--layers", type=int, default=A14B.dit.num_layers, help="layers of each expert, and of UMT5, at most 24"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the random model, written if missing; temporary by default"
+    )
+    parser.add_argument("--videos", type=int, default=3, help="number of videos that are queued at once")
+    parser.add_argument("--clients", type=int, default=4, help="number of clients that ask while videos are made")
     options, others = parser.parse_known_args()
     if (options.model is None) != options.random:
         parser.error("give either --model or --random")

@@ -4,10 +4,11 @@
     python benchmarks/start.py --ranks 2 --rounds 3                          # a quick check, on a CPU
     python benchmarks/start.py --checkout OLDER --checkout .                 # two versions in turn
 
-Each start runs `wanfast generate` on the tiny model. A `sitecustomize` in every process notes the moments. Ready means
-that the worker is imported and the process group is formed, before the first use of a GPU. Each checkout starts in two
-ways: "bytecode" finds the bytecode that an earlier start wrote, "none" finds none and writes none. A way's row is its
-start with the lowest sum of start and end, in seconds after Enter. The last line is one JSON document.
+Each start runs `wanfast generate` on the tiny model. A `sitecustomize` module in every process records the time of each
+event. "ready" means that all ranks have imported the worker and formed the process group; no GPU was used yet. Each
+checkout starts in two ways: "bytecode" reads the bytecode of an earlier start, and "none" neither reads nor writes
+bytecode. A row has the times of the fastest start: the start with the lowest sum of "ready" and "end". All times are in
+seconds after Enter, except "end", which counts from the result. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -92,7 +93,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--checkout", type=Path, action="append", help="a folder that holds wanfast; by default this")
+    parser.add_argument(
+        "--checkout",
+        type=Path,
+        action="append",
+        help="folder with a version of wanfast, may be given several times; by default the folder of this file",
+    )
     options = parser.parse_args()
     checkouts = [path.resolve() for path in options.checkout or [Path(__file__).parents[1]]]
     starts: dict[tuple[Path, str], list[dict[str, float]]] = defaultdict(list)

@@ -1,7 +1,7 @@
-"""Words what was judged on the tiny model's weights as parts of pages, from the JSON files of benchmarks/results.
+"""Makes those parts of pages that show measurements of the tiny model, from the JSON files of benchmarks/results.
 
-`benchmarks/tiny_tables.py` writes the pages. Figures of photographs and of larger videos appear when the JSON files
-have them. The model card also lists the photographs of training/photographs.json.
+`benchmarks/tiny_tables.py` writes the pages. Figures of photographs and of larger videos appear only if the JSON files
+have these figures. The model card also lists the photographs of training/photographs.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OF_README = ("E012K2R20, low-noise-only", "E024K2R10, low-noise-only")  # the se
 
 
 def written(root: Path) -> dict[str, str]:
-    """Returns the text of each page, with its parts from the JSON files below `root`."""
+    """Returns {page: its text}, with those parts replaced that come from the JSON files below `root`."""
     parts: dict[str, dict[str, Callable[[Results], list[str]]]] = {
         "README.md": {"two videos": lambda results: two_videos(results.root), "lossy steps": lossy},
         "docs/quality.md": {"the tiny model": quality},
@@ -48,7 +48,7 @@ def written(root: Path) -> dict[str, str]:
 
 
 class Results:
-    """Reads figures from the JSON files, and remembers which of them a part of a page shows."""
+    """Reads figures from the JSON files, and remembers which figures were shown since the last footnote."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -69,7 +69,7 @@ class Results:
         return reduce(lambda at, key: at[int(key) if isinstance(at, list) else key], keys, self.document(name))
 
     def shown(self, name: str, path: str, form: str, factor: int = 1) -> str:
-        """Returns a figure as the page shows it, such as `38.8 dB` by the form `.1f dB`."""
+        """Returns the figure at `path` times `factor` in the format `form`: `.1f dB` gives a text such as `38.8 dB`."""
         number, _, unit = form.partition(" ")
         figure = f"{self.value(name, path) * factor:{number}}{' ' + unit if unit else ''}"
         self.figures.setdefault(name, {}).setdefault(figure, path + (f" * {factor}" * (factor > 1)))
@@ -82,7 +82,10 @@ class Results:
         return figure
 
     def footnote(self, mark: str, *names: str) -> list[str]:
-        """Returns a line with the commands, files and commits of results, and with all figures since the last one."""
+        """Returns a footnote with the command, the JSON file and the commit of each result in `names`.
+
+        The line also declares the source of all figures that were shown since the last footnote.
+        """
         known, torch = self.document(OWN.stem), self.value(names[0], "versions/torch").partition("+")[0]
         told = [f"`make {name}`, `{self.file(name)}` ({known[name]['commit']})" for name in names]
         found = itertools.chain.from_iterable(declaration(self.file(name), of) for name, of in self.figures.items())
@@ -95,7 +98,10 @@ def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
 
 
 def columns_of(results: Results) -> list[tuple[str, str, str]]:
-    """Returns the title, the file and the path of each judge of `make tiny-quality` and `make tiny-quality-256`."""
+    """Returns (title, name of the JSON file, path in the file) of each column of the tables of quality.
+
+    `make tiny-quality` and `make tiny-quality-256` each give a column for shapes and, if measured, one for the camera.
+    """
     found = []
     for name, size in (("tiny-quality", "128x128"), ("tiny-quality-256", "256x256")):
         for path, mover in (("", "shapes"), ("camera/", "a camera over photographs")):
@@ -105,7 +111,10 @@ def columns_of(results: Results) -> list[tuple[str, str, str]]:
 
 
 def judged(results: Results, rows: list[tuple[str, Callable[[str, str], str]]]) -> list[str]:
-    """Returns a table with a column for each judge. A row is left out if no judge has its figure."""
+    """Returns the lines of a table with the columns of `columns_of`; `rows` is (title, function that makes a cell).
+
+    A row is left out if no column has its figure.
+    """
     columns, made = columns_of(results), []
     for title, cell in rows:
         cells = []
@@ -150,7 +159,7 @@ def quality(results: Results) -> list[str]:
 
 
 def in_fp8(results: Results) -> list[str]:
-    """Returns the error of attention in float8, and what a Hadamard matrix does to it."""
+    """Returns sentences about the error of attention in float8, with and without the Hadamard matrix."""
     ways = [row["way"] for row in results.value("tiny-attention", "rows")]
     error = results.shown("tiny-attention", f"rows/{ways.index('fp8')}/mean_error", ".3f")
     times = results.shown("tiny-lossy", "error_without_hadamard", ".1f")
@@ -270,7 +279,7 @@ def _row(results: Results, name: str, settings: str, plan: str) -> str:
 
 
 def two_videos(root: Path) -> list[str]:
-    """Returns the images, prompts and contact sheets of `make generate`, and what the model says of its weights."""
+    """Returns the images, prompts and contact sheets of `make generate`, and the model's note about its weights."""
     rows = []
     for line in (root / EXAMPLES / "jobs.jsonl").read_text().splitlines():
         job = json.loads(line)

@@ -2,8 +2,8 @@
 
     python benchmarks/tiny_preset.py      # by `wanfast calibrate-magcache`; half a minute on two cores
 
-The curve belongs to the weights that it was measured with, so other weights need another one. Artifacts are written to
-a folder that is removed afterwards. The last line is the document.
+A curve is valid only for the weights with which it was measured, so other weights need another curve. Artifacts are
+written to a folder that is removed afterwards. The last line is the JSON document.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def main() -> None:
 
 
 def measured() -> dict[str, Any]:
-    """Returns what `wanfast calibrate-magcache` prints, with no stored curve to take instead."""
+    """Returns the JSON document that `wanfast calibrate-magcache` prints.
+
+    The command runs with an empty folder of artifacts, so that it measures and takes no stored curve.
+    """
     with tempfile.TemporaryDirectory() as artifacts:
         command = [sys.executable, "-m", *COMMAND, "--artifacts-dir", artifacts, "--json"]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -1,13 +1,14 @@
-"""Makes again what was judged on the tiny model's weights: tables, plots, a curve and pictures. `make tiny-tables`.
+"""Makes all tables, plots, curves and pictures again that were measured with other weights of the tiny model.
 
-    python benchmarks/tiny_tables.py              # makes what is of other weights, then writes the pages
-    python benchmarks/tiny_tables.py tiny-preset  # makes only this, even if it is of these weights
-    python benchmarks/tiny_tables.py --pages      # only writes the pages, from the files that are there
+    python benchmarks/tiny_tables.py              # makes all tables of other weights, then writes the pages
+    python benchmarks/tiny_tables.py tiny-preset  # makes only this table, even if it belongs to the present weights
+    python benchmarks/tiny_tables.py --pages      # only writes the pages, from the present JSON files
 
-training/README.md has the list. `benchmarks/results/tiny-tables.json` holds the weights of each table, so that an
-interrupted run continues with the next one. There, "not_made" says why a table was not made for these weights: they do
-not know what it judges. What needs a GPU is made only if it is named. A test fails while a table belongs to other
-weights.
+`make tiny-tables` runs this program. A "table" is what one `make` target measures or draws; training/README.md lists
+all of them. `benchmarks/results/tiny-tables.json` holds, for each table, the weights with which it was made. So an
+interrupted run continues with the next table. There, "not_made" says why a table was not made: the weights were not
+trained for what the table measures. A table that needs a GPU is made only if its name is given. A test fails while a
+table belongs to other weights.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LIST = "training/README.md"
 
 @dataclass(frozen=True)
 class Table:
-    """Says what `make NAME` makes, and how long this takes."""
+    """Describes what `make NAME` makes: its files, the expected minutes, and whether it needs a GPU."""
 
     files: tuple[str, ...]
     minutes: int  # expected, on two cores or on the GPU
@@ -62,19 +63,19 @@ TABLES = {  # in this order, because skipping needs the curve
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(TABLES)}")
-    parser.add_argument("--pages", action="store_true", help="make no table, only write the pages")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"the table to make: one of {', '.join(TABLES)}")
+    parser.add_argument("--pages", action="store_true", help="write the pages, but make no table")
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in TABLES]:
         parser.error(f"NAME {unknown[0]!r}: use one of {', '.join(TABLES)}")
     if options.pages and options.names:
-        parser.error("--pages makes no table: drop it, or drop the names")
+        parser.error("--pages makes no table: drop --pages, or drop the names")
     code = commit()  # before a table changes the tree
     for name in () if options.pages else options.names or stale(made(ROOT), weights()):
         make(name, code)
     for page, text in pages(ROOT).items():
         (ROOT / page).write_text(text)
-    print(f"of other weights: {', '.join(stale(made(ROOT), weights())) or 'no table'}")
+    print(f"tables that belong to other weights: {', '.join(stale(made(ROOT), weights())) or 'none'}")
 
 
 def weights() -> str:
@@ -84,13 +85,19 @@ def weights() -> str:
 
 
 def made(root: Path) -> dict[str, Any]:
-    """Returns {table: its weights, and the commit and the minutes that it took, or why it was not made}."""
+    """Returns {table: {"weights", "commit", "minutes"}}, which says when each table was made.
+
+    A table that was not made has the reason under "not_made".
+    """
     document: dict[str, Any] = json.loads((root / OWN).read_text())
     return document
 
 
 def stale(known: dict[str, Any], present: str) -> list[str]:
-    """Returns the names of the tables that belong to other weights; those that need a GPU are left out."""
+    """Returns the names of the tables that belong to other weights than `present`.
+
+    Tables that need a GPU are left out.
+    """
     return [
         name
         for name, table in TABLES.items()
@@ -111,7 +118,7 @@ def make(name: str, code: str | None) -> None:
 
 
 def pages(root: Path) -> dict[str, str]:
-    """Returns the text of each page that shows what was judged on these weights, and the list of the tables."""
+    """Returns {page: its text}, for each page that shows measurements of the tiny model or the list of tables."""
     return {**written(root), LIST: with_block((root / LIST).read_text(), "tables", listed())}
 
 

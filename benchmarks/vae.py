@@ -1,4 +1,4 @@
-"""Times the VAE at the A14B's size: encoding of an image's clip and decoding, in float32 (TF32) and bf16.
+"""Times the VAE at the A14B's size: encoding of an image's clip in TF32, and decoding in TF32 and in bf16.
 
     python benchmarks/vae.py                                # 1280x720, 81 frames, on one GPU
     git show COMMIT:wanfast/runtime/models/vae.py > before.py
@@ -7,8 +7,10 @@
     python benchmarks/vae.py --profile                      # the kernels that take the time
     python benchmarks/vae.py --size 64x64 --frames 9 --device cpu   # a quick check
 
-Weights, image and latents are random. The ways run in turn; medians are reported, with the PSNR of a decoded video
-against strict float32, and the peak memory beyond weights and input. The last line is one JSON document.
+Weights and image are random. All measurements run in turn, and medians are reported. With one GPU, the document also
+has the PSNR of each decoded video, compared with a video that is decoded in strict float32. With several GPUs, it has
+the relative error against one rank instead. The peak memory is beyond weights and input. The last line is one JSON
+document.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--before", type=Path, help="the file models/vae.py of an older commit")
+    parser.add_argument(
+        "--before", type=Path, help="vae.py of an older commit, which is timed in turn with the present one"
+    )
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
@@ -63,7 +67,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the JSON document."""
+    """Returns the JSON document of the measurements on one device."""
     device = options.device
     clip = _clip(options)
     vaes = {kind: _vae(WanVAE(A14B.vae, dtype), device) for kind, dtype in DTYPES.items()}

@@ -1,17 +1,17 @@
-"""Measures the seconds to the first finished step: cold, in a second process, and with only a warmup's artifact.
+"""Measures the seconds until the first step is done: with empty caches, with filled caches, and after a warmup.
 
     python benchmarks/warm_start.py                                   # one GPU, A14B's shapes at 1280x720x81
     python benchmarks/warm_start.py --layers 10 --branches 1          # the work of one of eight GPUs in a step
     python benchmarks/warm_start.py --tiny                            # a quick check, also on a CPU
 
-Every start is a fresh process. "cold" starts with empty caches. "second" finds the caches of the cold process.
-"received" finds empty caches and an artifact, which a `warmup` with separate caches made. "eager" compiles nothing and
-finds its Triton kernels in the cache. Weights are random.
-As in a generation, attention is probed and torch's compiler is imported while the weights are made. Then the clock
-starts. It stops when the first step is done, so that it covers loading the artifact, tracing, compiling and the step.
-Two more steps give the time of a single step. `import_s` is the rest of the import after the weights were made. True
-weights are read in seconds, which may hide the import. --tiny sets size, frames, attention and layers. The last line is
-one JSON document.
+Every start is a fresh process. "cold" starts with empty caches. "second" uses the caches of the cold process.
+"received" has empty caches, but uses an artifact that `wanfast warmup` made with caches of its own. "eager" compiles
+nothing, and finds its Triton kernels in the cache. Weights are random.
+As in a generation, attention is probed first, and torch's compiler is imported while the weights are made. The clock
+starts when both are done. The clock stops when the first step is done, so the time covers loading the artifact,
+tracing, compiling and the step. Two more steps give the time of a single step. `import_s` is the time for which the
+import went on after the weights were made. In a generation, reading the weights takes seconds, so that the import may
+cost no time. --tiny sets size, frames, attention and layers. The last line is one JSON document.
 """
 
 from __future__ import annotations

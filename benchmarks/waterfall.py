@@ -3,7 +3,8 @@
     python benchmarks/waterfall.py                      # writes docs/waterfall.svg
     python benchmarks/waterfall.py --output OTHER.svg
 
-Each group of bars was measured on one kind of GPU, and its first bar is 100 %. Bars of different groups do not compare.
+Each group of bars was measured on one kind of GPU, and the first bar of a group is 100 %. Bars of different groups
+cannot be compared.
 A test draws the picture again and compares the bytes, so that it follows the JSON files.
 """
 
@@ -24,7 +25,7 @@ WIDTH, NAMES, BARS, ROW = 900, 350, 430, 26  # pixels: the picture, the names' c
 
 @dataclass(frozen=True)
 class Bar:
-    """One measured way."""
+    """Describes one bar: a configuration, its measured seconds, and whether it is lossless."""
 
     name: str
     seconds: float
@@ -39,7 +40,7 @@ def main() -> None:
 
 
 def picture() -> str:
-    """Returns the SVG."""
+    """Returns the picture as the text of an SVG file."""
     y, parts = 34, _legend()
     for title, bars in groups().items():
         parts.append(f'<text x="16" y="{y + 18}" font-weight="bold">{escape(title)}</text>')
@@ -53,7 +54,7 @@ def picture() -> str:
 
 
 def groups() -> dict[str, list[Bar]]:
-    """Returns the bars of each group, the first one the reference."""
+    """Returns {title: bars of the group}; the other bars of a group are drawn relative to its first bar."""
     one, two = _ways("forward-h100"), _ways("forward-2xh100")
     eight_bits, skipping = _ways("quantized-h200"), _read("magcache-h200")["seconds"]
     return {

@@ -5,19 +5,21 @@
     python benchmarks/whole_video.py --layers 1 --steps 2 --size 64x64 --frames 5 --device cpu          # a quick check
     python benchmarks/whole_video.py --random --layers 1 --steps 2 --size 64x64 --frames 5 --device cpu       # another
 
-With --random the weights are random, in bf16, and in memory if there is room (28.6 GB for both experts, 11.4 GB for
-UMT5). A first video hashes them, writes bytecode and fills caches. The measured ones follow: a prompt that is known, a
-new prompt, and a list of three videos. Each row has the wall time from start to end of the command, the leader's
-seconds by stage, what lies outside of all stages, and what lies beyond denoising, which hardly depends on --steps. In a
-list, a video's wall time is from when the video before is written to when its own is; `list` in `beyond_denoising_s`
-leaves out the first one. `end_s` is from the last video to the end of the command. The VAE's last layer is scaled down,
-so that x264 gets smooth frames. --long adds a known prompt with more steps, --noise one whose frames are noise.
+With --random the weights are random bf16 values. Their files lie in memory if there is room: 28.6 GB for both experts,
+which are one file, and 11.4 GB for UMT5. A first video is not counted: it hashes the weights, writes bytecode and fills
+caches. Three commands are then measured: a prompt whose embedding is stored, a new prompt, and a list of three videos.
+Each row has the wall time of the command and the leader's seconds in each stage. `outside_s` is the wall time outside
+of all stages. `beyond_denoising_s` is the wall time without denoising, which hardly depends on --steps. In a list, a
+video's wall time begins when the video before it is written, and ends when the video itself is written. The summary
+`beyond_denoising_s` leaves out the first video of each list, because it includes the start. `end_s` is the time from
+the last video to the end of the command. The VAE's last layer is scaled down, so that x264 gets smooth frames. --long
+adds a video with more steps. --noise adds a video whose frames are noise. Both have the stored prompt.
 
-Without --random the files of the experts and the text encoder are holes, which read as zeros without a disk. One run
-shows whether the video fits, what is held where and when, the best reading time from the page cache, and the VAE's
-time. It does not show a step's time, because zeros cost a GPU less. `gpu_used_bytes` is the driver's largest figure for
-the first GPU during the run, sampled twice a second. `vae_alone` measures the VAE in a process without experts. The
-last line is one JSON document.
+Without --random the files of the experts and of the text encoder are holes, which read as zeros without a disk. One run
+shows whether the video fits, which weights are in which memory, the shortest possible time of reading the weights (from
+the page cache), and the VAE's time. It does not show the time of a step, because a GPU computes faster with zeros.
+`gpu_used_bytes` is the largest amount of used memory that the driver reported for the first GPU, asked twice a second.
+`vae_alone` measures the VAE without experts. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -70,14 +72,27 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=A14B.dit.num_layers, help="of each expert and, up to 24, of UMT5")
-    parser.add_argument("--folder", type=Path, help="the model's folder, written if missing; temporary by default")
-    parser.add_argument("--random", action="store_true", help="random weights, and several videos")
-    parser.add_argument("--noise", action="store_true", help="with --random: also frames of noise, slow to encode")
-    parser.add_argument("--long", type=int, metavar="STEPS", help="with --random: also a video of so many steps")
-    parser.add_argument("--rounds", type=int, default=1, help="with --random: of the measured commands")
     parser.add_argument(
-        "--vae-alone", action=argparse.BooleanOptionalAction, help="by default on a GPU without --random"
+        "--layers",
+        type=int,
+        default=A14B.dit.num_layers,
+        help="number of layers of each expert, and of UMT5, which has at most 24",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="folder of the model, which is written if it is missing; by default a temporary folder",
+    )
+    parser.add_argument("--random", action="store_true", help="use random weights, and make several videos")
+    parser.add_argument(
+        "--noise", action="store_true", help="with --random: also make a video of noise, slow to encode"
+    )
+    parser.add_argument("--long", type=int, metavar="STEPS", help="with --random: also make a video with STEPS steps")
+    parser.add_argument("--rounds", type=int, default=1, help="with --random: how often the commands are measured")
+    parser.add_argument(
+        "--vae-alone",
+        action=argparse.BooleanOptionalAction,
+        help="also measure the VAE without experts; by default if there is a GPU and no --random",
     )
     options, others = parser.parse_known_args()
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -114,7 +129,7 @@ def _place(options: argparse.Namespace) -> Path:
         wanted = random_bytes(of_layers(options.layers))
         if room >= wanted or options.folder:
             return SHARED_MEMORY
-        print(f"{wanted / 1e9:.1f} GB do not fit in memory: they go to a disk", file=sys.stderr)
+        print(f"{wanted / 1e9:.1f} GB of weights do not fit in memory: they are written to /var/tmp", file=sys.stderr)
     return Path("/var/tmp")  # /tmp may be memory, which holes occupy once read
 
 

@@ -5,5 +5,5 @@ gc.disable()  # until all tests are collected: the search for garbage takes a th
 
 import torch  # noqa: E402
 
-if torch.version.cuda is None:
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this at import and then interprets its kernels on a CPU, slowly

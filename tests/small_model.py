@@ -16,7 +16,8 @@ from wanfast.runtime.facts.model_spec import T2V_A14B, DiTSpec, ModelSpec, UMT5S
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.planning.plan import Plan, resolve
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.store.model_files import TINY, ModelFiles, locate
 from wanfast.runtime.weights import checkpoint
 

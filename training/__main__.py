@@ -1,14 +1,15 @@
 """Trains the tiny model, all stages or one stage at a time, after `python -m training.photographs`.
 
 until python -m training --folder runs/tiny; do :; done     # all stages, in calls of about eight minutes on one GPU
-python -m training --folder runs/tiny --stage vae-short vae-long   # again until it returns 0, as all of these
+python -m training --folder runs/tiny --stage vae-short vae-long   # repeat each command until it returns 0
 python -m training --folder runs/tiny --stage experts             # clips are encoded first, then the experts learn
+python -m training --folder runs/tiny --stage vae-decoder         # the decoder again; latents and experts stay valid
 python -m training --folder runs/tiny --stage export              # the model folder, FOLDER/tiny
 python -m training --folder runs/tiny --stage lora          # a LoRA of each expert for four steps, FOLDER/tiny/loras
 python -m training --folder /tmp/try --smoke                # every stage with toy sizes, on a CPU
 
-Stages may run on different machines: only FOLDER/vae-finished.pt moves from `vae-long` to `experts` and `export`, and
-only FOLDER/tiny from `export` to `lora`.
+Stages may run on different machines. `experts`, `vae-decoder` and `export` need only FOLDER/vae-finished.pt of the
+VAE's first stages, `export` also needs FOLDER/experts.pt, and `lora` needs only FOLDER/tiny.
 README.md beside this file plans the runs on a GPU.
 """
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from training import clips, train_experts, train_lora, train_vae
-from training.clips import Mix
+from training.clips import FOR_VAE, Mix
 from training.export import export
 from training.loop import Schedule, load_ema, prepare_torch, steps_made
 from training.photographs import PACK
@@ -35,7 +36,7 @@ from training.spec import SPEC
 from training.train_experts import Clips, Kind, TinyModel
 from training.train_lora import STAGE as LORA_STAGE
 from training.train_lora import Paths
-from training.train_vae import LONG_STAGE, SHORT_STAGE, Windows
+from training.train_vae import DECODER_STAGE, LONG_STAGE, SHORT_STAGE, Windows
 from wanfast.quality.world import camera_scene, draw_scene
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.models.vae import WanVAE
@@ -43,28 +44,39 @@ from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.builders import build_vae
 
-STAGES = (SHORT_STAGE, LONG_STAGE, "experts", "export", LORA_STAGE)
-_STEPS = {SHORT_STAGE: "short_steps", LONG_STAGE: "long_steps", "experts": "expert_steps", LORA_STAGE: "lora_steps"}
+STAGES = (SHORT_STAGE, LONG_STAGE, "experts", DECODER_STAGE, "export", LORA_STAGE)
+_STEPS = {
+    SHORT_STAGE: "short_steps",
+    LONG_STAGE: "long_steps",
+    "experts": "expert_steps",
+    DECODER_STAGE: "decoder_steps",
+    LORA_STAGE: "lora_steps",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="checkpoints and logs")
-    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="all by default, in their order")
-    parser.add_argument("--photographs", type=Path, default=PACK, help=f"packed photographs; {PACK} by default")
-    parser.add_argument("--minutes", type=float, default=8.0, help="limit of this call, all stages; 8 by default")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of checkpoints, logs and the model")
+    parser.add_argument(
+        "--stage", nargs="+", choices=STAGES, default=STAGES, help="stages to run; by default all, in this order"
+    )
+    parser.add_argument("--photographs", type=Path, default=PACK, help=f"zip file of photographs; {PACK} by default")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of this call, in minutes; 8 by default")
     parser.add_argument("--short-steps", type=int, default=12_500)
     parser.add_argument("--long-steps", type=int, default=18_000)
     parser.add_argument("--expert-steps", type=int, default=30_000)
+    parser.add_argument("--decoder-steps", type=int, default=9_000)
     parser.add_argument("--lora-steps", type=int, default=12_000)
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
     if options.smoke:
-        options.short_steps = options.long_steps = options.expert_steps = options.lora_steps = 4
+        for name in _STEPS.values():
+            setattr(options, name, 4)
     options.deadline = monotonic() + options.minutes * 60
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     prepare_torch()
-    stages = {SHORT_STAGE: fit_vae, LONG_STAGE: fit_vae, "experts": fit_experts, "export": write, LORA_STAGE: fit_lora}
+    stages = dict.fromkeys((SHORT_STAGE, LONG_STAGE, DECODER_STAGE), fit_vae)
+    stages |= {"experts": fit_experts, "export": write, LORA_STAGE: fit_lora}
     for stage in sorted(options.stage, key=STAGES.index):
         missing = missing_stage(stage, options)
         if missing:
@@ -74,11 +86,11 @@ def main() -> None:
 
 
 def missing_stage(stage: str, options: argparse.Namespace) -> str | None:
-    """Returns the stage whose result `stage` needs and does not find."""
+    """Returns the name of a stage that must be finished before `stage`, or None if nothing is missing."""
     folder = options.folder
     if stage == LONG_STAGE and not is_made(SHORT_STAGE, options):
         return SHORT_STAGE
-    if stage in ("experts", "export") and not (folder / train_vae.FINISHED).exists():
+    if stage in ("experts", DECODER_STAGE, "export") and not (folder / train_vae.FINISHED).exists():
         return LONG_STAGE if is_made(SHORT_STAGE, options) else SHORT_STAGE
     if stage == LORA_STAGE:
         return None if (folder / "tiny").exists() else "export"
@@ -96,6 +108,11 @@ def fit_vae(stage: str, options: argparse.Namespace) -> bool:
     if stage == SHORT_STAGE:  # its rates do not decay, because the next stage continues it
         schedule = Schedule(steps=options.short_steps, muon_rate=5e-3, decay=0.0, deadline=options.deadline)
         kinds = train_vae.SHORT
+    elif stage == DECODER_STAGE:
+        schedule = Schedule(
+            steps=options.decoder_steps, muon_rate=2e-3, adam_rate=4e-4, decay=1.0, deadline=options.deadline
+        )
+        kinds = train_vae.DECODER
     else:
         schedule = Schedule(steps=options.long_steps, muon_rate=4e-3, adam_rate=8e-4, deadline=options.deadline)
         kinds = train_vae.LONG
@@ -104,15 +121,18 @@ def fit_vae(stage: str, options: argparse.Namespace) -> bool:
     if pools is None or not train_vae.fit(SPEC.vae, pools, schedule, options.folder, kinds, stage):
         return False
     if stage == LONG_STAGE:
-        mix = Mix(options.photographs, options.device)
+        mix = Mix(options.photographs, options.device)  # the statistics are of the latents that the experts learn
         train_vae.finish(SPEC.vae, mix, options.folder, clips=2 if options.smoke else 256)
+    if stage == DECODER_STAGE:
+        train_vae.finish_decoder(options.folder)
+    if stage != SHORT_STAGE:
         report(train_vae.load(SPEC.vae, options.folder, options.device), options)
     return True
 
 
 def rendered(stage: str, kinds: Sequence[Windows], options: argparse.Namespace) -> list[Tensor] | None:
-    """Returns the windows of all kinds, from files if they exist; None if the time is over before."""
-    mix = Mix(options.photographs, options.device)
+    """Returns the windows of all kinds, from files if they exist; None if the deadline passes before all are made."""
+    mix = Mix(options.photographs, options.device, FOR_VAE)
     options.folder.mkdir(parents=True, exist_ok=True)
 
     def make(number: int, kind: Windows) -> Tensor:
@@ -124,9 +144,9 @@ def rendered(stage: str, kinds: Sequence[Windows], options: argparse.Namespace) 
 def stored(
     names: Sequence[str], kinds: Sequence[Any], make: Callable[[int, Any], Any], options: argparse.Namespace
 ) -> list[Any] | None:
-    """Returns what the files `names` hold, one for each kind; a missing file is made first.
+    """Returns the contents of the files `names`, one for each kind; `make(number, kind)` makes a missing one.
 
-    Returns None if the time is over before the last one.
+    Returns None if `options.deadline` passes before the last file is read. Files that were made stay for the next call.
     """
     found = []
     for number, (name, kind) in enumerate(zip(names, kinds, strict=True)):
@@ -153,7 +173,7 @@ def report(vae: WanVAE, options: argparse.Namespace) -> None:
 
 
 def measured_spec(folder: Path) -> ModelSpec:
-    """Returns the spec with the latent statistics of the finished VAE."""
+    """Returns the spec of the tiny model, with the mean and deviation of the finished VAE's latents."""
     return replace(SPEC, vae=train_vae.finished(SPEC.vae, folder))
 
 
@@ -172,7 +192,10 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
 
 
 def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Namespace) -> list[Clips] | None:
-    """Returns the encoded clips of all kinds, from files if they exist; None if the time is over before."""
+    """Returns the encoded clips of all kinds, from files if they exist.
+
+    Returns None if the deadline passes before all are made.
+    """
     vae = train_vae.load(spec.vae, options.folder, options.device)
     vae.spec = spec.vae
     digest = hashlib.sha256((options.folder / train_vae.FINISHED).read_bytes()).hexdigest()[:12]
@@ -211,7 +234,10 @@ def fit_lora(_stage: str, options: argparse.Namespace) -> bool:
 def paths_of(
     files: ModelFiles, model: TinyModel, kinds: Sequence[Kind], options: argparse.Namespace
 ) -> list[Paths] | None:
-    """Returns the teacher's paths of all kinds, from files if they exist; None if the time is over before."""
+    """Returns the teacher's paths of all kinds, from files if they exist.
+
+    Returns None if the deadline passes before all are made.
+    """
     vae, mix = build_vae(files, options.device), Mix(options.photographs, options.device)
 
     def make(number: int, kind: Kind) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Mixes the clips that all stages learn from, and names their formats: sizes, aspect ratios and lengths.
 
-Six tenths of the clips are shapes over patterns, a fifth photographs under a camera, and a fifth shapes over
-photographs. Spinning and shrinking are learned last, so every sixth clip of a shape must show one of them. A clip
-depends only on its number and its format.
+A clip shows shapes over a pattern, a photograph under a moving camera, or shapes over a photograph, each with a share
+of its own. Photographs are the hardest for the VAE, and shapes for the experts, so the shares differ. Spinning and
+shrinking are the hardest motions to learn, so at least one in six clips of shapes shows one of the two. A clip depends
+only on its number, its format and the shares.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from wanfast.runtime.facts.shapes import fit_geometry
 
 @dataclass(frozen=True)
 class Format:
-    """Holds one shape of clips: `size` is (width, height)."""
+    """Holds the format of clips: their size (width, height) in pixels, and their number of frames."""
 
     size: tuple[int, int]
     frames: int
@@ -34,6 +35,15 @@ def formats(side: int, frames: int) -> tuple[Format, Format, Format]:
     return square, wide, tall
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Holds the share of clips with a photograph alone, and the share of those with shapes over a photograph."""
+
+    photographs: float
+    shapes_over_photographs: float
+
+
+FOR_VAE, FOR_EXPERTS = Shares(0.5, 0.3), Shares(0.2, 0.2)
 _HARD = ("spin", "shrink")
 _OTHER = 10**9  # farther than any two numbers of clips
 SMALL = formats(128, 17)
@@ -41,20 +51,20 @@ LARGE = formats(256, 33)
 
 
 class Mix:
-    """Draws and renders the clips of training; the photographs are those that are not held out."""
+    """Draws and renders the clips of training; `held_out` chooses the held-out photographs instead of the others."""
 
-    def __init__(self, pack: Path, device: str, *, held_out: bool = False) -> None:
+    def __init__(self, pack: Path, device: str, shares: Shares = FOR_EXPERTS, *, held_out: bool = False) -> None:
         self.photographs = Photographs(pack, device, held_out=held_out)
         self.renderer = Renderer(device, self.photographs)
-        self.device = device
+        self.device, self.shares = device, shares
 
     def scene(self, number: int, size: tuple[int, int]) -> Scene:
         rng = random.Random(f"mix/{number}")
         kind, is_hard = rng.random(), rng.random() < 1 / 6
-        if kind < 0.2:
+        if kind < self.shares.photographs:
             return draw_photo_scene(number, self.photographs, size, with_shapes=False)
         while True:
-            over = kind < 0.4
+            over = kind < self.shares.photographs + self.shares.shapes_over_photographs
             scene = draw_photo_scene(number, self.photographs, size, with_shapes=True) if over else draw_scene(number)
             if scene.motion in _HARD or not is_hard:
                 return scene
@@ -67,5 +77,9 @@ class Mix:
         window: tuple[int, int, int] | None = None,
         frames: slice = slice(None),
     ) -> Tensor:
-        """Returns the scenes' clips [B, 3, F, H, W] in [-1, 1], or a window (left, top, side) of some frames."""
+        """Returns the scenes' clips [B, 3, F, H, W] in [-1, 1].
+
+        `window` is a square part of each frame, (left, top, side) in pixels; None takes whole frames. `frames` selects
+        the frames to render.
+        """
         return self.renderer(scenes, moments_of_clip(form.frames)[frames], window, form.size)

@@ -35,7 +35,10 @@ LossFn = Callable[..., dict[str, Tensor]]  # batch -> named terms; "loss" is min
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Sets the total `steps`; this process makes as many as it can until `deadline` on the monotonic clock."""
+    """Sets the total number of steps and the learning rates of a stage.
+
+    A process makes steps until all are made, or until `deadline` in seconds of the monotonic clock.
+    """
 
     steps: int
     muon_rate: float
@@ -50,7 +53,7 @@ class Schedule:
     log_every: int = 49  # no common factor with the number of a stage's kinds of batches, so that each is logged
 
     def share(self, step: int) -> float:
-        """Returns the share of both learning rates at a step."""
+        """Returns the factor, at most 1, by which both learning rates are multiplied at a step."""
         decay = min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
         return min(1.0, (step + 1) / self.warmup) * max(decay, 0.01)
 
@@ -69,13 +72,16 @@ def prepare_torch() -> None:
 
 
 def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: Schedule, folder: Path) -> bool:
-    """Trains `network`, resuming from folder/name.pt if present; returns True once all steps are made.
+    """Trains `network`, resuming from folder/name.pt if it exists; returns whether all steps are made.
 
-    The checkpoint stores the averaged parameters under "ema". `draw(step, generator)` returns a batch, with the
-    generator seeded for the step; `loss(*batch)` must not draw random numbers.
+    The checkpoint stores the averaged parameters under "ema". Parameters that require no gradient do not change.
+    `draw(step, generator)` returns a batch; the generator is seeded for the step. `loss(*batch)` must not draw random
+    numbers. Raises RuntimeError if the gradients' norm is not finite or far too large, or if compiled gradients are
+    wrong: then a kernel computes wrong values.
     """
     device = next(network.parameters()).device
     parameters = list(network.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     muon, adam = optimizers = _optimizers(network, schedule)
     average = [parameter.detach().clone() for parameter in parameters]
     file, step = folder / f"{name}.pt", 0
@@ -99,7 +105,7 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
         partial.replace(file)
 
     generator = torch.Generator(device).manual_seed(schedule.seed)
-    gradients = _gradients(parameters, loss)
+    gradients = _gradients(trained, loss)
     step_muon = _stepping(muon, device)
     saved = logged = monotonic()
     logged_step = step - 1
@@ -140,6 +146,8 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
 def _optimizers(network: nn.Module, schedule: Schedule) -> tuple[Muon, torch.optim.AdamW]:
     matrices, others = [], []
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = parameter.dim() >= 2 and not any(part in name for part in _NO_MATRICES)
         (matrices if is_matrix else others).append(parameter)
     rate, on_gpu = schedule.adam_rate, others[0].device.type == "cuda"
@@ -182,7 +190,8 @@ def _gradients(parameters: list[nn.Parameter], loss: LossFn) -> Callable[[Batch]
 def require_as_uncompiled(gradients: list[Tensor], compute: Callable[[], object]) -> None:
     """Compares `gradients` with those that `compute` writes into the same tensors without compilation.
 
-    Afterwards the tensors hold the given gradients again. Raises RuntimeError if the two differ too much.
+    Afterwards the tensors hold the given gradients again. Raises RuntimeError if the relative difference of all
+    gradients together is above 25 %.
     """
     found = [gradient.clone() for gradient in gradients]
     with torch.compiler.set_stance("force_eager"):

@@ -1,8 +1,8 @@
 """Muon: momentum whose matrices are orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
 A convolution counts as a matrix with one row for each output channel. torch's own Muon takes only parameters of two
-dimensions, and computes one after the other; here all matrices of one shape are computed together, because kernel
-launches limit networks this small.
+dimensions, and updates one parameter after the other. This Muon updates all matrices of one shape together, because
+kernel launches limit the speed of networks this small.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _ITERATIONS = 5
 class Muon(torch.optim.Optimizer):
     """Moves each matrix by `rate` times the orthogonalised momentum of its gradients.
 
-    Before that, the matrix shrinks by the share `rate` * `weight_decay`. Without it, matrices grow as long as the
-    rate is constant, and each later step changes them less.
-    `rate` is a tensor, so that a captured CUDA graph of `step` reads its present value.
+    For a matrix with more rows than columns, the move is also multiplied by sqrt(rows / columns). Before the move, the
+    matrix is multiplied by 1 - `rate` * `weight_decay`. Without weight decay, matrices grow as long as the rate is
+    constant, so that each later step changes them less.
+    `rate` is a tensor, so that a captured CUDA graph of `step` reads the present value of the rate.
     """
 
     def __init__(self, parameters: list[nn.Parameter], weight_decay: float = 0.0) -> None:
@@ -44,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def rehearse(self) -> None:
-        """Runs the products once, which initialises their library, without a change of the parameters."""
+        """Runs the matrix products of a step on zeros, to initialise their library; parameters stay unchanged."""
         for shape, parameters in self._shapes().items():
             orthogonal(self.rate.new_zeros(len(parameters), shape[0], shape[1:].numel()))
 
@@ -65,7 +66,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Returns about U V^T of each matrix U S V^T [N, rows, columns]: its singular values come to 0.7 to 1.2."""
+    """Returns approximately U V^T for each matrix U S V^T of `matrices` [N, rows, columns].
+
+    The singular values of the result lie between about 0.7 and 1.2, instead of exactly 1.
+    """
     a, b, c = _COEFFICIENTS
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)

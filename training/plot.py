@@ -1,6 +1,6 @@
 """Plots the losses of every stage: `python -m training.plot --folder runs/tiny` writes FOLDER/losses.png.
 
-A stage takes several shapes of batches in turn, whose losses differ. Each has a line of its own.
+A stage takes batches of several shapes in turn. Their losses differ, so that each shape has a line of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ STAGES = {"vae-short": ("psnr",), "vae-long": ("psnr",), "experts": ("high", "lo
 
 
 def lines(log: Path, terms: tuple[str, ...]) -> dict[str, tuple[list[int], list[float]]]:
-    """Returns the steps and values of each term and shape of batches; a moving average smooths the values."""
+    """Returns {term of the loss and shape of the batch: (steps, values)}; a moving average smooths the values."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for row in map(json.loads, log.read_text().splitlines()):
         for term in terms:

@@ -1,7 +1,7 @@
 """Trains both experts and UMT5 (stage 3) by rectified flow on the VAE's latents, with the pipeline's conditioning.
 
-Every clip's first frame is given, and in a third of the clips the last frame too. Steps take the formats in turn, with
-about as many tokens in each.
+The model gets the first frame of every clip, and the last frame of a third of the clips. Successive steps take clips of
+different formats, with about the same number of tokens in each step.
 
 x = (1 - s) z + s noise, v = noise - z; noise levels s are uniform before the shift. The high-noise expert gets the
 levels at or above the boundary, the low-noise expert the others. Both share the text encoder. One caption in eight is
@@ -37,7 +37,7 @@ _MAX_IDS = 40
 
 @dataclass(frozen=True)
 class Kind:
-    """Holds a format, how many of its clips are encoded, and how many a step takes for each expert."""
+    """Holds a format, the number of encoded clips of this format, and the number of clips for each expert in a step."""
 
     form: Format
     clips: int
@@ -59,7 +59,7 @@ TOY = (Kind(Format((16, 16), 5), 3, 2), Kind(Format((32, 16), 5), 3, 1))
 
 
 class TinyModel(nn.Module):
-    """Holds the three networks of this stage."""
+    """Holds the three networks of this stage: both experts and UMT5, in float32."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -78,9 +78,10 @@ class TinyModel(nn.Module):
 
 @dataclass(frozen=True)
 class Clips:
-    """Holds a fixed set of encoded clips: latents z and conditions y [N, C, T, h, w] bf16, and their captions' ids.
+    """Holds a fixed set of N encoded clips.
 
-    `ids` has N + 1 rows; the last row is the empty caption.
+    `z` are the latents [N, C, T, h, w] and `y` the conditions [N, C', T, h, w], both bf16. `ids` [N + 1, n] are the
+    token ids of the captions, and `lengths` [N + 1] their numbers of tokens; the last row is the empty caption.
     """
 
     z: Tensor
@@ -108,7 +109,10 @@ def encode_clips(vae: WanVAE, mix: Mix, kind: Kind, number: int) -> Clips:
 
 
 def conditions_of(vae: WanVAE, video: Tensor, last: int) -> Tensor:
-    """Returns the conditions of clips [B, 3, F, H, W]; only the first `last` clips have a last frame."""
+    """Returns the conditions [B, C', T, h, w] of clips [B, 3, F, H, W]: a mask, and the latents of the given frames.
+
+    All clips give their first frame, and the first `last` clips also give their last frame.
+    """
     given = torch.zeros_like(video)
     given[:, :, 0] = video[:, :, 0]
     given[:last, :, -1] = video[:last, :, -1]
@@ -162,7 +166,7 @@ def noised(spec: ModelSpec, sets: Sequence[Clips], batches: Sequence[int], order
 
 
 def flow_loss(model: TinyModel) -> LossFn:
-    """Returns the sum of the experts' mean squared velocity errors, for clips of any shape."""
+    """Returns a function of a batch that computes the sum of both experts' mean squared errors of the velocity."""
     tables: dict[torch.Size, RotaryTables] = {}
 
     def rope(grid: torch.Size, device: torch.device) -> RotaryTables:

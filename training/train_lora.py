@@ -1,10 +1,10 @@
 """Distils both experts to four steps without guidance (stage 5): a LoRA of rank 16 for each expert.
 
-The teacher is the shipped model with its 40 guided steps. From each noise it leaves its sample at the noise levels of
-the recipe `lightning-4` (between two of its steps by linear interpolation) and at the end. The student makes the four
-Euler steps by itself, from the same noise. In each step it learns the velocity that leads from its own sample to the
-teacher's next one, so that it also learns to correct its own errors. Compare progressive distillation
-(arXiv 2202.00512), whose student starts each step at the teacher's sample.
+The teacher is the exported model with its 40 guided steps. From each noise, the teacher's samples are stored at the
+four noise levels of the recipe `lightning-4` and at the end. A sample at a level between two steps of the teacher is
+their linear interpolation. The student makes four Euler steps from the same noise. In each step it learns the velocity
+that leads from its own sample to the teacher's next sample, so that it also learns to correct its own errors. In
+progressive distillation (arXiv 2202.00512), the student starts each step at the teacher's sample instead.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Paths:
-    """Holds a set of the teacher's paths.
+    """Holds N paths of the teacher: its samples from the noise to the end.
 
-    `samples` [N, 5, C, T, h, w] float16 lie at the four noise levels and at the end, conditions y [N, C', T, h, w] are
-    bf16, and the captions' embeddings are `text` [N, n, text_dim] float32.
+    `samples` [N, 5, C, T, h, w] float16 lie at the four noise levels and at the end. `y` [N, C', T, h, w] bf16 are the
+    conditions. `text` [N, n, text_dim] float32 are the embeddings of the captions.
     """
 
     samples: Tensor
@@ -60,7 +60,7 @@ class Paths:
 
 
 class Factors(nn.Module):
-    """Holds the factors of every linear layer in the blocks of an expert and in its head."""
+    """Holds the LoRA factors, down and up, of every linear layer in the blocks and the head of an expert."""
 
     def __init__(self, expert: WanDiT, seed: int) -> None:
         super().__init__()
@@ -74,12 +74,12 @@ class Factors(nn.Module):
                 self.up[path] = nn.Parameter(torch.zeros(rows, RANK, device=weight.device))
 
     def products(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name of a weight, what is added to it)."""
+        """Yields (name of a weight, the product up @ down that is added to this weight)."""
         for path, up in self.up.items():
             yield f"{path.replace('/', '.')}.weight", up @ self.down[path]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors of a LoRA file."""
+        """Returns the tensors of a LoRA file: {name: bf16 factor}."""
         return {
             f"diffusion_model.{path.replace('/', '.')}.lora_{letter}.weight": factor.detach().bfloat16().contiguous()
             for letter, factors in (("A", self.down), ("B", self.up))
@@ -88,7 +88,7 @@ class Factors(nn.Module):
 
 
 class Student(nn.Module):
-    """Holds the factors of both experts: all that is trained."""
+    """Holds the LoRA factors of both experts, which are the only trained parameters."""
 
     def __init__(self, model: TinyModel) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Velocity(nn.Module):
 
 
 def trained(files: ModelFiles) -> TinyModel:
-    """Returns the shipped networks, in float32 and without gradients."""
+    """Returns the experts and UMT5 of a trained model, in float32 and without gradients."""
     model, ranks = TinyModel(files.spec), Ranks("cpu")
     for name in EXPERTS:
         expert_of(model, name).load_state_dict(build_expert(files, name, "fp32", ranks).state_dict())
@@ -127,7 +127,10 @@ def expert_of(model: TinyModel, name: Expert) -> WanDiT:
 
 @torch.no_grad()
 def paths(model: TinyModel, clips: Clips, batch: int, seed: int) -> Paths:
-    """Runs the teacher on the conditions and captions of clips, each from a noise of its own."""
+    """Returns the teacher's paths for the conditions and captions of clips; each clip has its own noise.
+
+    `batch`: the number of clips that the teacher computes at a time.
+    """
     generator = torch.Generator(clips.y.device).manual_seed(seed)
     velocities = _velocities(model)
     text = torch.cat(
@@ -180,7 +183,10 @@ def _velocities(model: TinyModel) -> dict[Expert, Velocity]:
 
 
 def fit(model: TinyModel, sets: Sequence[Paths], schedule: Schedule, folder: Path, batches: Sequence[int]) -> bool:
-    """Trains on sets of paths, one for each shape of clips, which the steps take in turn."""
+    """Trains the LoRAs on `sets`, one for each format of clips; successive steps take the sets in turn.
+
+    `batches` holds the number of paths in a step, for each set. Returns whether all steps are made.
+    """
     student = Student(model)
     return train(STAGE, student, drawn(sets, batches), path_loss(model, student), schedule, folder)
 
@@ -195,9 +201,10 @@ def drawn(sets: Sequence[Paths], batches: Sequence[int]) -> DrawFn:
 
 
 def path_loss(model: TinyModel, student: Student) -> LossFn:
-    """Returns the mean squared error of the velocities of the student's four steps, and the final error's PSNR.
+    """Returns a function of a batch that computes the loss and a PSNR.
 
-    The PSNR is that of latents, with a peak of 2.
+    "loss" is the sum of the mean squared errors of the velocity in the student's four steps. "psnr" compares the
+    student's last latents with the teacher's, for a peak of 2.
     """
     velocities = _velocities(model)
     steps = list(zip(_LEVELS.sigmas, _LEVELS.sigmas[1:], _LEVELS.timesteps, strict=False))

@@ -1,10 +1,11 @@
-"""Trains the VAE in two stages: on short windows of clips, then on windows as long as a clip.
+"""Trains the VAE in three stages: on short windows of clips, on windows as long as a clip, and the decoder again.
 
-The loss is L1 + 100 x squared error; latents stay near unit size, and noise on them makes the decoder robust. The first
-stage learns faster, but it sees nine frames at a time, and neither encoder nor decoder extrapolates to later frames.
-Windows are rendered before the first step, because drawing a
-batch of them takes as long as learning from it. `finish` writes what moves to the next stage: the averaged
-weights and the statistics of the latents.
+The loss is L1 + 100 x squared error, and a small penalty on latents that are larger than unit size. Noise is added to
+the latents, so that the decoder becomes robust. The first stage learns faster, but it sees nine frames at a time, and
+neither encoder nor decoder extrapolates to later frames. The third stage does not change the encoder, so experts that
+learned from its latents stay valid. Windows are rendered before the first step, because rendering a batch takes as long
+as a step of training. `finish` writes the file for the next stage: the averaged weights and the statistics of the
+latents.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ from wanfast.runtime.models.vae_fused import upsample
 
 # Training does not normalise latents; `measure_latents` measures their mean and standard deviation afterwards.
 PLAIN = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
-SHORT_STAGE, LONG_STAGE = "vae-short", "vae-long"
+SHORT_STAGE, LONG_STAGE, DECODER_STAGE = "vae-short", "vae-long", "vae-decoder"
 FINISHED = "vae-finished.pt"
 _LATENT_NOISE = 0.03
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Holds one shape of windows: side x side pixels and `frames` frames of clips of one format.
+    """Describes one kind of windows: parts of clips with side x side pixels and `frames` frames.
 
-    `count` windows are rendered, and a step takes `batch` of them.
+    `form` is the format of the clips. `count` windows are rendered, and a step takes `batch` windows.
     """
 
     batch: int
@@ -73,6 +74,7 @@ LONG = (
     Windows(8, 64, 33, LARGE[0], 3_200),
     Windows(1, 256, 17, LARGE[0], 400),
 )
+DECODER = tuple(replace(kind, count=kind.count // 2) for kind in LONG)
 TOY = (Windows(1, 16, 5, Format((16, 16), 5), 3), Windows(1, 32, 5, Format((32, 32), 5), 3))
 
 
@@ -95,6 +97,10 @@ def fit(
     vae = build(spec, str(pools[0].device))
     if stage == LONG_STAGE:
         load_ema(vae, folder / f"{SHORT_STAGE}.pt")
+    if stage == DECODER_STAGE:
+        load_ema(vae, folder / FINISHED)
+        for module in (vae.encoder, vae.quant_conv):
+            module.requires_grad_(False)
     return train(stage, vae, windows(spec, pools, kinds), vae_loss(vae), schedule, folder)
 
 
@@ -128,7 +134,7 @@ def windows(spec: VAESpec, pools: Sequence[Tensor], kinds: Sequence[Windows]) ->
 
 
 def vae_loss(vae: WanVAE) -> LossFn:
-    """Returns the reconstruction loss of a batch of windows."""
+    """Returns a function that computes the loss of a batch of windows, with their PSNR in decibels."""
 
     def loss(video: Tensor, noise: Tensor) -> dict[str, Tensor]:
         with torch.autocast(video.device.type, torch.bfloat16, enabled=video.device.type == "cuda"):
@@ -144,7 +150,10 @@ def vae_loss(vae: WanVAE) -> LossFn:
 
 
 def encode(vae: WanVAE, video: Tensor) -> Tensor:
-    """Encodes a whole clip at once: the latents of `WanVAE.encode` by fewer and larger kernels."""
+    """Encodes whole clips [B, 3, F, H, W] at once; returns the latents [B, C, T, h, w] of `WanVAE.encode`.
+
+    Training uses this function, because it needs fewer and larger kernels than the chunks of `WanVAE.encode`.
+    """
     encoder, x = vae.encoder, video
     for layer in (encoder.conv_in, *encoder.downsamples, *encoder.middle):
         x = layer(x, _no_past(), WHOLE_FRAME)
@@ -156,7 +165,7 @@ def encode(vae: WanVAE, video: Tensor) -> Tensor:
 
 
 def decode(vae: WanVAE, latents: Tensor) -> Tensor:
-    """Decodes a whole clip at once, as `encode` encodes it."""
+    """Decodes whole clips at once, from latents [B, C, T, h, w] to [B, 3, F, H, W] in [-1, 1]."""
     mean, inverse_std = latent_statistics(vae.spec, latents.device)
     decoder, x = vae.decoder, vae.post_quant_conv(latents / inverse_std + mean)
     for layer in (decoder.conv_in, *decoder.middle, *decoder.upsamples):
@@ -175,7 +184,10 @@ def _no_past() -> PastQueue:
 
 
 def load(spec: VAESpec, folder: Path, device: str) -> WanVAE:
-    """Returns the trained VAE, without its latents' statistics: the finished one, or as far as training has come."""
+    """Returns the trained VAE: the finished VAE if it exists, otherwise the latest checkpoint.
+
+    Its spec has mean 0 and deviation 1 for all latents, in place of the measured statistics.
+    """
     vae = build(spec, device)
     files = [folder / name for name in (FINISHED, f"{LONG_STAGE}.pt", f"{SHORT_STAGE}.pt")]
     load_ema(vae, next((file for file in files if file.exists()), files[-1]))
@@ -193,8 +205,17 @@ def finish(spec: VAESpec, mix: Mix, folder: Path, clips: int) -> None:
     torch.save({**weights, **facts}, folder / FINISHED)
 
 
+def finish_decoder(folder: Path) -> None:
+    """Writes the decoder of the third stage into FOLDER/vae-finished.pt."""
+    trained = torch.load(folder / f"{DECODER_STAGE}.pt", map_location="cpu", weights_only=True)["ema"]
+    state = torch.load(folder / FINISHED, map_location="cpu", weights_only=True)
+    partial = (folder / FINISHED).with_suffix(".partial")
+    torch.save({**state, "ema": [value.bfloat16() for value in trained]}, partial)
+    partial.replace(folder / FINISHED)
+
+
 def finished(spec: VAESpec, folder: Path) -> VAESpec:
-    """Returns the spec with the latents' statistics of the finished VAE."""
+    """Returns `spec` with the mean and deviation of the finished VAE's latents, from `folder`/vae-finished.pt."""
     state = torch.load(folder / FINISHED, map_location="cpu", weights_only=True)
     return replace(spec, latents_mean=tuple(state["latents_mean"]), latents_std=tuple(state["latents_std"]))
 

@@ -21,7 +21,7 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.densities import LADDER
 from wanfast.runtime.jobs.loop import measuring
 from wanfast.runtime.machine import packages
-from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
 from wanfast.runtime.store.attention_plans import KIND, settle

@@ -29,6 +29,7 @@ from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts.flop import bf16_peak, forward_flop
 from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.planning.plan_json import plan_json
 from wanfast.runtime.planning.shortened import least_steps
 from wanfast.runtime.processes.handle import Handle, Video
 from wanfast.runtime.store import model_files
@@ -133,7 +134,7 @@ def test_an_option_reaches_only_the_recipes_that_can_use_it(clips: Path) -> None
     assert {"steps", "guidance_gate"} & few.options_of("hybrid").keys() == {"guidance_gate"}
     assert not {"steps", "guidance_gate"} & few.options_of("lightning-4").keys()
     (_, row) = planned(bench_of(clips, "exact", "magcache", given=given))
-    assert row.plans[0].to_json()["overridden"] == {"attention": "auto", "magcache_interpolate": True}
+    assert plan_json(row.plans[0])["overridden"] == {"attention": "auto", "magcache_interpolate": True}
 
 
 def test_few_steps_run_both_experts_and_skip_nothing(clips: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_measured_recipe_has_its_seconds_and_a_projection(results: Path) -> No
     on_8 = document["rows"]["baseline"]["on_8_s"]
     assert lines[2] == f"| FlashAttention-2 | `baseline` | 250.7 s | 401.5 s | {on_8:.1f} s |"
     assert "401.5 s = rows/baseline/on_4_s" in lines[-1] and f"{on_8:.1f} s = rows/baseline/on_8_s" in lines[-1]
-    assert "A few steps were timed, and multiplied." in lines[18]
+    assert "The seconds of denoising were computed from a few timed steps." in lines[18]
 
 
 def test_the_legend_says_why_a_cell_is_a_dash(results: Path) -> None:

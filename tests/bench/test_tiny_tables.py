@@ -187,7 +187,7 @@ def test_kinds_and_lossy_attention_are_made_and_their_pages_written(
     ("options", "message"),
     [
         (["tiny"], "NAME 'tiny': use one of tiny-preset, "),
-        (["--pages", "tiny-bench"], "--pages makes no table: drop it"),
+        (["--pages", "tiny-bench"], "--pages makes no table: drop --pages"),
     ],
 )
 def test_wrong_options_are_refused(

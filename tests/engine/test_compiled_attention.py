@@ -18,7 +18,7 @@ from tests.small_model import blank_inputs, plan_small_model
 from wanfast.commands.warmup import EVERY_CALL
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session, sparse_attention
+from wanfast.runtime.engine import loading, sparse_attention
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.jobs import warmup
 from wanfast.runtime.models import lossy
@@ -38,7 +38,7 @@ def planned(small_model: Path, workdir: Path) -> Planned:
 @torch.inference_mode()
 def videos(plans: list[Plan], files: ModelFiles, ranks: Ranks, counter: CompileCounterWithBackend | None = None) -> Any:
     """Returns the latents and errors of the plans' videos by one session, and how many graphs there are after each."""
-    pipeline = session.load_models(files, plans[0].config, ranks, Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plans[0].config, ranks, Stopwatch("cpu"))
     made, graphs = [], []
     for plan in plans:
         torch.manual_seed(3)
@@ -74,7 +74,7 @@ def test_sparse_blocks_are_compiled_once(planned: Planned, monkeypatch: pytest.M
     plans, files = in_many_ways(planned)
     plans = [with_options(plan, cfg_parallel=mesh.cfg, ulysses=mesh.ulysses) for plan in plans]
     eager = on_ranks(mesh, lambda ranks: videos(plans, files, ranks))
-    counter = compiler(monkeypatch, session)
+    counter = compiler(monkeypatch, loading)
     plans = [with_options(plan, compile=True) for plan in plans]
     compiled = on_ranks(mesh, lambda ranks: videos(plans, files, ranks, counter))
     for (expected, _), (made, graphs) in zip(eager, compiled, strict=True):
@@ -92,7 +92,7 @@ def test_float8_has_a_graph_beside_the_exact_one(planned: Planned, monkeypatch: 
     plans = [plan, with_options(plan, fp8_steps="0:4", fp8_layers="1:2")]
     plans += [with_options(plans[1], attention_check=True)]
     eager = on_ranks(mesh, lambda ranks: videos(plans, files, ranks))
-    counter = compiler(monkeypatch, session)
+    counter = compiler(monkeypatch, loading)
     plans = [with_options(plan, compile=True) for plan in plans]
     compiled = on_ranks(mesh, lambda ranks: videos(plans, files, ranks, counter))
     for (expected, _), (made, graphs) in zip(eager, compiled, strict=True):
@@ -133,8 +133,8 @@ def test_a_run_compiles_nothing_after_a_warmup(
     """Guards decide that two graphs are the same, and Inductor's cache has the same inputs then."""
     plan, files = planned(**options)
     plan = with_options(plan, cfg_parallel=mesh.cfg, ulysses=mesh.ulysses, compile=True)
-    counter = compiler(monkeypatch, session)
-    monkeypatch.setattr(warmup, "compile_blocks", session.compile_blocks)
+    counter = compiler(monkeypatch, loading)
+    monkeypatch.setattr(warmup, "compile_blocks", loading.compile_blocks)
 
     def both(ranks: Ranks) -> tuple[int, int]:
         after_warmup = warmed(plan, ranks, counter)

@@ -16,13 +16,14 @@ from tests.parity import relative_error
 from tests.small_model import plan_small_model
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import pipeline, session
+from wanfast.runtime.engine import loading, pipeline
 from wanfast.runtime.engine.conditioning import Noise, draw_noise
 from wanfast.runtime.engine.denoise import denoise
 from wanfast.runtime.facts.choices import Branch, Expert
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.models.dit import Block
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import plan_json
 from wanfast.runtime.sampling.guidance import Guidance
 from wanfast.runtime.store.curves import Curve
 from wanfast.runtime.store.model_files import ModelFiles
@@ -106,7 +107,7 @@ def test_both_sides_of_a_gate_are_computed(gated: tuple[Plan, ModelFiles], monke
     free = dataclasses.replace(Plan.of(free.config, free.spec, (64, 48)), curve=free.curve)
     assert [skips[0] for skips in free.skips] == [False, True, True, False, True, True, False, True]
     plan = skipping(plan)
-    document = plan.to_json()["magcache"]
+    document = plan_json(plan)["magcache"]
     assert document["always_computed"] == [1, 2, 4, 5] and document["distilled_steps"] == 0
     assert plan.skips == [(False, False)] * 6 + [(True, False)] * 2
     ran: list[int] = []
@@ -122,7 +123,7 @@ def test_only_the_base_part_of_a_hybrid_is_skipped(small_model: Path, workdir: P
     plan = skipping(plan, FLAT[:3])
     assert plan.always_computed == [3, 4]
     assert plan.skips == [(False, False), (True, True), (True, True), (False, False), (False, False)]
-    assert plan.to_json()["magcache"]["distilled_steps"] == 2
+    assert plan_json(plan)["magcache"]["distilled_steps"] == 2
 
 
 @pytest.mark.parametrize(("options", "start"), [(RCM, 0.99502), (RCM | {"solver": "unipc"}, 1.0)], ids=["rcm", "unipc"])
@@ -153,7 +154,7 @@ def test_fresh_noise_is_the_leaders_on_every_rank(small_model: Path, workdir: Pa
 @torch.inference_mode()
 def test_further_noises_are_not_the_first_one_again(gated: tuple[Plan, ModelFiles]) -> None:
     plan, files = gated
-    made = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    made = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     further, again = made._fresh_noises(plan), Noise(7, plan.geometry, 16, "cpu")
     noises = [made.noise(plan), next(further), next(further)]
     assert all(torch.equal(noise, again.draw()) for noise in noises)

@@ -20,8 +20,8 @@ from tests.small_model import blank_inputs, plan_small_model
 from wanfast.runtime.device.finite import all_finite
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import loading
 from wanfast.runtime.engine import pipeline as pipeline_module
-from wanfast.runtime.engine import session
 from wanfast.runtime.errors import NotFiniteError
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.models.dit import WanDiT
@@ -130,7 +130,7 @@ def test_all_ranks_raise_what_one_computed(small_model: Path, workdir: Path, mon
     forward, decode = WanDiT.forward, WanVAE._decode
 
     def work(ranks: Ranks) -> list[tuple[str, bool]]:
-        own = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
+        own = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
         found = []
         for spoil_forward, spoil_decode in ((ranks.rank == 1, False), (False, True)):
             monkeypatch.setattr(WanDiT, "forward", spoiled(forward, 1) if spoil_forward else forward)
@@ -170,7 +170,7 @@ def test_unlike_ranks_get_the_leaders_noise(small_model: Path, workdir: Path, mo
     def work(ranks: Ranks) -> Tensor:
         monkeypatch.setattr(pipeline_module, "draw_noise", lambda *given: draw(*given) + ranks.rank)
         image, text = blank_inputs(plan, files)
-        own = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
+        own = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
         seen: list[Tensor] = []
         monkeypatch.setattr(pipeline_module, "denoise", lambda noise, *rest, **more: seen.append(noise) or noise)
         own(plan, image, text, Stopwatch("cpu"))
@@ -196,7 +196,7 @@ def test_the_texts_keys_of_an_expert_go_with_its_steps(
 
     keys: list[weakref.ref[Tensor]] = []
     monkeypatch.setattr(WanDiT, "encode_text", encoded)
-    own = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    own = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     own(plan, *blank_inputs(plan, files), Stopwatch("cpu"))
     blocks = files.spec.dit.num_layers
     assert alive == [0, blocks, 0, blocks]  # the prompt and the negative prompt of one expert, then of the other

@@ -15,8 +15,8 @@ from tests.small_model import plan_small_model
 from wanfast.quality.metrics import psnr
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import loading, pixels
 from wanfast.runtime.engine import pipeline as pipeline_module
-from wanfast.runtime.engine import pixels, session
 from wanfast.runtime.engine.conditioning import given_clip
 from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.errors import NotFiniteError
@@ -32,7 +32,7 @@ def opened(small_model: Path, workdir: Path) -> tuple[VideoPipeline, Plan, torch
     plan, files = plan_small_model(small_model, frames=9)
     g = plan.geometry
     latent = torch.randn(1, 16, g.latent_frames, g.latent_height, g.latent_width)
-    return session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu")), plan, latent
+    return loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu")), plan, latent
 
 
 def test_frames_are_handed_on_while_later_ones_are_decoded(

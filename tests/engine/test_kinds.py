@@ -19,7 +19,7 @@ from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import plan_small_model
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session
+from wanfast.runtime.engine import loading
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.model_files import ModelFiles
@@ -92,7 +92,7 @@ def test_compiled_blocks_stay_one_graph(planned: Planned, monkeypatch: pytest.Mo
     plan, files = planned
     plan = skipping(plan)
     expected = final_latents(plan, files, Ranks("cpu"))
-    compiler(monkeypatch, session)
+    compiler(monkeypatch, loading)
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = final_latents(with_options(plan, compile=True), files, Ranks("cpu"))
     assert relative_error(got, expected) <= 1e-6

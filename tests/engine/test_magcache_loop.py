@@ -17,13 +17,14 @@ from tests.small_model import blank_inputs, plan_small_model
 from wanfast.runtime.config import SkippingConfig
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session
+from wanfast.runtime.engine import loading
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.models.dit import Block
 from wanfast.runtime.planning.placement import check_skips, modes, needed, place
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import plan_json
 from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.store.curves import Curve
 from wanfast.runtime.store.model_files import ModelFiles
@@ -131,7 +132,7 @@ def test_branches_skip_together_on_every_mesh_by_default(planned: tuple[Plan, Mo
     plan, _ = planned
     both = skipping(plan, magcache_joint=SkippingConfig.magcache_joint, cfg_parallel=cfg)
     assert all(first == second for first, second in both.skips)
-    document = both.to_json()["magcache"]
+    document = plan_json(both)["magcache"]
     assert document["joint"] and document["skipped_forwards_apart"] == sum(map(sum, APART))
     assert document["skipped_forwards"] == sum(map(sum, both.skips)) < document["skipped_forwards_apart"]
 
@@ -167,7 +168,7 @@ def test_offloaded_experts_skip_too(planned: tuple[Plan, ModelFiles], monkeypatc
 def test_a_second_video_starts_clean(planned: tuple[Plan, ModelFiles]) -> None:
     plan, files = planned
     plan = skipping(plan)
-    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     image, text = blank_inputs(plan, files)
     first = pipeline(plan, image, text, Stopwatch("cpu"))
     pipeline(plan, image + 1, text, Stopwatch("cpu"))
@@ -179,7 +180,7 @@ def test_compiled_blocks_stay_one_graph(planned: tuple[Plan, ModelFiles], monkey
     plan, files = planned
     plan = skipping(plan)
     expected = final_latents(plan, files, Ranks("cpu"))
-    compiler(monkeypatch, session)
+    compiler(monkeypatch, loading)
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = final_latents(with_options(plan, compile=True), files, Ranks("cpu"))
     assert relative_error(got, expected) <= 1e-6

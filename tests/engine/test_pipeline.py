@@ -23,11 +23,13 @@ from tests.parity import relative_error
 from tests.public_model import save_diffusers
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session
+from wanfast.runtime.engine import loading
 from wanfast.runtime.engine.conditioning import draw_noise
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.facts.model_spec import ModelSpec
-from wanfast.runtime.planning.plan import Plan, resolve
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import plan_json
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights import checkpoint
@@ -121,8 +123,9 @@ def plan_for(tmp_path: Path):
 def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     config = plan.config
     ranks = Ranks("cpu")
-    embeds = prompt_embeds([config.video.prompt, config.video.negative_prompt], files, config, ranks, Stopwatch("cpu"))
-    pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
+    texts = [config.video.prompt, config.video.negative_prompt]
+    embeds = prompt_embeds(texts, files, config, ranks, Stopwatch("cpu")).embeds
+    pipeline = loading.load_models(files, config, ranks, Stopwatch("cpu"))
     condition = pipeline.encode_condition(given_images(plan), plan.geometry)
     noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
@@ -165,7 +168,7 @@ def public_text(tmp_path_factory: pytest.TempPathFactory) -> tuple[WanPipeline, 
 @pytest.mark.parametrize("has_last", [False, True], ids=["first frame", "first and last frame"])
 def test_final_latents_equal_diffusers(public, plan_for, has_last: bool) -> None:
     plan, files = plan_for(public[1], has_last=has_last)
-    assert plan.to_json()["steps"] == {"high_noise": 3, "low_noise": 3}
+    assert plan_json(plan)["steps"] == {"high_noise": 3, "low_noise": 3}
     error = relative_error(our_latents(plan, files), their_latents(public[0], plan))
     print(f"pipeline, {plan.geometry.width}x{plan.geometry.height}, 6 steps, 3 + 3: relative error {error:.1e}")
     assert error <= 1e-5
@@ -176,7 +179,7 @@ def test_final_latents_of_text_alone_equal_diffusers(public_text, plan_for) -> N
     plan, files = plan_for(public_text[1], image=None, steps=8)
     assert (plan.geometry.width, plan.geometry.height) == (96, 64)  # exactly --size
     assert (plan.config.video.shift, files.spec.boundary) == (12.0, 0.875)
-    assert plan.to_json()["steps"] == {"high_noise": 6, "low_noise": 2}
+    assert plan_json(plan)["steps"] == {"high_noise": 6, "low_noise": 2}
     error = relative_error(our_latents(plan, files), their_latents(public_text[0], plan))
     print(f"pipeline, {plan.geometry.width}x{plan.geometry.height}, 8 steps, 6 + 2: relative error {error:.1e}")
     assert error <= 1e-5
@@ -228,7 +231,7 @@ def test_spec_is_read_from_the_public_config_files(public) -> None:
 
 def test_calls_do_not_touch_each_other(public, plan_for) -> None:
     plan, files = plan_for(public[1], steps=2)
-    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(1, 3, plan.geometry.height, plan.geometry.width, generator=generator)
     text = {name: torch.randn(4, 24, generator=generator) for name in ("prompt", "negative_prompt")}

@@ -21,8 +21,8 @@ from wanfast.bench.model_folder import randomise
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.distributed.vae_parallel import SplitRows
+from wanfast.runtime.engine import loading, pixels, prompt_embeds
 from wanfast.runtime.engine import pipeline as pipeline_module
-from wanfast.runtime.engine import pixels, prompt_embeds, session
 from wanfast.runtime.engine.conditioning import draw_noise
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
@@ -32,7 +32,8 @@ from wanfast.runtime.media import images
 from wanfast.runtime.models import vae as vae_module
 from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.planning.plan import Plan, resolve
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights import experts
 from wanfast.runtime.weights.experts import OffloadedExperts, ResidentExperts
@@ -55,8 +56,8 @@ def latents_of(plans: Sequence[Plan], files: ModelFiles, ranks: Ranks) -> list[t
     config = plan.config
     embeds = prompt_embeds.prompt_embeds(
         [config.video.prompt, config.video.negative_prompt], files, config, ranks, Stopwatch("cpu")
-    )
-    pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
+    ).embeds
+    pipeline = loading.load_models(files, config, ranks, Stopwatch("cpu"))
     held = pipeline.experts.take("high_noise")[0].parameters()
     assert {isinstance(parameter, DTensor) for parameter in held} == {config.ranks.dit_fsdp == "on"}
     condition = pipeline.encode_condition(given_images(plan), plan.geometry)
@@ -169,7 +170,7 @@ def test_prompts_are_dealt_to_the_ranks(planned: tuple[Plan, ModelFiles], monkey
     texts = ["one", "two", "three"]
 
     def work(ranks: Ranks) -> tuple[int, list[float]]:
-        found = prompt_embeds.prompt_embeds(texts, files, config, ranks, Stopwatch("cpu"))
+        found = prompt_embeds.prompt_embeds(texts, files, config, ranks, Stopwatch("cpu")).embeds
         return encoded[-1], [float(found[text].sum()) for text in texts]
 
     dealt = on_ranks(Mesh(ulysses=2), work)
@@ -177,7 +178,7 @@ def test_prompts_are_dealt_to_the_ranks(planned: tuple[Plan, ModelFiles], monkey
     assert dealt[0][1] == dealt[1][1]
     encoded.clear()
     again = prompt_embeds.prompt_embeds(texts, files, config, Ranks("cpu"), Stopwatch("cpu"))  # from the store
-    assert [float(again[text].sum()) for text in texts] == dealt[0][1] and not encoded
+    assert [float(again.embeds[text].sum()) for text in texts] == dealt[0][1] and not encoded
 
 
 def test_umt5_is_sharded_where_asked(planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +208,7 @@ def test_offloaded_experts_leave_the_device_to_the_decoder(
 ) -> None:
     plan, files = planned
     plan = with_options(plan, expert_offload="on")
-    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     decode = WanVAE._decode
     held: list[int] = []
 
@@ -247,9 +248,9 @@ def test_resident_experts_are_evicted_and_come_back(
     kind: type[RuntimeError],
 ) -> None:
     plan, files = planned
-    compiler(monkeypatch, session)
+    compiler(monkeypatch, loading)
     plan = with_options(plan, compile=True)
-    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     image, text = blank_inputs(plan, files)
     expected = pipeline(plan, image, text, Stopwatch("cpu"))
     parameters = [parameter for expert in EXPERTS for parameter in pipeline.experts._experts[expert].parameters()]
@@ -284,7 +285,7 @@ def test_the_vae_has_its_memory_before_its_first_attempt(
 ) -> None:
     """Two videos on a simulated GPU, which holds both experts, but not with all that the VAE needs."""
     plan, files = planned
-    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     parameters = [parameter for expert in EXPERTS for parameter in pipeline.experts._experts[expert].parameters()]
     needs = {
         "encode": memory.encode_bytes(files.spec, plan.geometry),
@@ -322,7 +323,7 @@ Shared = tuple[torch.Tensor, torch.Tensor | None, int, list[str]]
 @torch.inference_mode()
 def by_the_vae(plan: Plan, files: ModelFiles, ranks: Ranks, fails_at: Container[int]) -> Shared:
     """Returns condition, video, evicted weights and errors; the VAE's convolutions of these numbers fail on rank 1."""
-    pipeline = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
     convolve, calls, errors = vae_module.convolve, itertools.count(), []
 
     def failing(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -376,7 +377,7 @@ def test_ranks_that_share_a_frame_lose_only_the_video_that_does_not_fit(
 @pytest.fixture
 def resident(planned: tuple[Plan, ModelFiles]) -> ResidentExperts:
     plan, files = planned
-    experts = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
+    experts = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
     assert isinstance(experts, ResidentExperts)
     return experts
 
@@ -445,7 +446,7 @@ def test_weights_that_other_ranks_count_on_stay(
     config = plan.config.replace(**options)
 
     def evicts(ranks: Ranks) -> bool:
-        return session.load_models(files, config, ranks, Stopwatch("cpu")).experts.evict(1)
+        return loading.load_models(files, config, ranks, Stopwatch("cpu")).experts.evict(1)
 
     assert on_ranks(Mesh(cfg=2), evicts) == [moves] * 2
     if "compile_mode" in options:
@@ -458,7 +459,7 @@ def test_an_error_that_is_not_of_memory_is_not_tried_again(
     """cuDNN also finds no engine for a product that it does not know; this was retried until nothing was left."""
     plan, files = planned
     image, text = blank_inputs(plan, files)
-    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     monkeypatch.setattr(WanVAE, "_decode", out_of_memory(1, WanVAE._decode, RuntimeError))
     monkeypatch.setattr(ResidentExperts, "evict", lambda self, size: pytest.fail("evicted"))
     monkeypatch.setattr(pipeline_module, "free_bytes", lambda device: 60 << 30)
@@ -476,7 +477,7 @@ def test_a_decoder_that_does_not_fit_at_all_is_reported(
     for times, host_bytes in ((3, 10**12), (1, 0)):  # nothing left to evict, and no host memory to evict to
         monkeypatch.setattr(experts, "available_host_bytes", lambda host_bytes=host_bytes: host_bytes)
         monkeypatch.setattr(WanVAE, "_decode", out_of_memory(times, decode))
-        pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+        pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
         with pytest.raises(ConfigError, match=r"--size 80x64 --frames 5: does not fit") as caught:
             pipeline(plan, image, text, Stopwatch("cpu"))
         assert caught.value.is_agreed  # so that only this video is lost
@@ -520,7 +521,7 @@ def test_an_expert_is_whole_again_after_a_step_that_broke_off(planned: tuple[Pla
     """The step breaks off while the other expert takes its place."""
     plan, files = planned
     plan = with_options(plan, expert_offload="on")
-    experts = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
+    experts = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
     model, overwrite_block = experts.take("high_noise", "low_noise")
     expected = [parameter.clone() for parameter in model.parameters()]
     overwrite_block(0)

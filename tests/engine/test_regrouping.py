@@ -20,7 +20,7 @@ from tests.small_model import blank_inputs, plan_small_model
 from wanfast.magcache_calib import calibrate
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session
+from wanfast.runtime.engine import loading
 from wanfast.runtime.engine.session import Session
 from wanfast.runtime.facts.choices import Branch
 from wanfast.runtime.facts.mesh import Mesh
@@ -28,6 +28,7 @@ from wanfast.runtime.jobs import warmup
 from wanfast.runtime.models.dit import Block, Stream, WanDiT
 from wanfast.runtime.planning.placement import FreeMemory, place
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import plan_json
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.experts import OffloadedExperts
 
@@ -62,7 +63,7 @@ def counted(plans: Sequence[Plan], files: ModelFiles, inputs: Inputs, ranks: Ran
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Block, "forward", counting)
-        pipeline = session.load_models(files, plans[0].config, ranks, Stopwatch("cpu"))
+        pipeline = loading.load_models(files, plans[0].config, ranks, Stopwatch("cpu"))
         found = []
         for plan in plans:
             done.clear()
@@ -168,10 +169,10 @@ def test_a_compiled_block_has_a_graph_for_each_share(
     plan, files = planned(small_model, "gate", mesh)
     plan, inputs = skipping(plan), blank_inputs(plan, files)
     ((expected, _),) = counted([plan], files, inputs, Ranks("cpu"))
-    counter, plan = compiler(monkeypatch, session), with_options(plan, compile=True, **fsdp)
+    counter, plan = compiler(monkeypatch, loading), with_options(plan, compile=True, **fsdp)
 
     def two_videos(ranks: Ranks) -> tuple[list[Tensor], int]:
-        pipeline = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
+        pipeline = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
         caches = [plan.residuals() for _ in range(2)]
         made = [pipeline.latent(plan, *inputs, Stopwatch("cpu"), lambda *_: None, cache).clone() for cache in caches]
         return made, counter.frame_count
@@ -233,10 +234,10 @@ def test_the_plan_states_the_regrouping(small_model: Path, workdir: Path) -> Non
     plan, _ = plan_small_model(small_model, **VIDEOS["gate"][0])
     found = place_on(plan, 8)
     assert found.mesh == Mesh(cfg=2, ulysses=4) and found.regroups
-    assert found.to_json()["unguided_mesh"] == {"replica": 1, "cfg": 1, "ulysses": 8}
+    assert plan_json(found)["unguided_mesh"] == {"replica": 1, "cfg": 1, "ulysses": 8}
     assert found.notes == plan.notes
     whole = place_on(with_options(plan, guidance_gate=1.0), 8)
-    assert all(whole.guided) and not whole.regroups and whole.to_json()["unguided_mesh"] is None
+    assert all(whole.guided) and not whole.regroups and plan_json(whole)["unguided_mesh"] is None
     alone = place_on(plan, 8, cfg_parallel=1)
     assert alone.mesh == Mesh(ulysses=8) and not alone.regroups
     two_groups = place_on(plan, 8, ulysses=2)
@@ -248,7 +249,7 @@ def test_ranks_that_cannot_share_the_heads_do_not_regroup(small_model: Path, wor
     plan, _ = plan_small_model(small_model, **VIDEOS["gate"][0])
     placed = place_on(plan, 16)
     assert placed.mesh == Mesh(cfg=2, ulysses=8) and not placed.regroups
-    assert placed.to_json()["unguided_mesh"] is None
+    assert plan_json(placed)["unguided_mesh"] is None
     assert placed.notes[-1] == (
         "in 4 steps without guidance, both halves of the 16 ranks do the same work, because 16 ranks cannot share 8 "
         "attention heads"

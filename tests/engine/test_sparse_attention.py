@@ -17,7 +17,7 @@ from tests.parity import relative_error
 from tests.small_model import blank_inputs, plan_small_model
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import attention_probe, lossy_attention, session, sparse_attention
+from wanfast.runtime.engine import attention_probe, loading, lossy_attention, session, sparse_attention
 from wanfast.runtime.engine.attention_probe import choose
 from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import CancelledError, ConfigError
@@ -51,7 +51,7 @@ def planned(small_model: Path, workdir: Path) -> Planned:
 def made(plan: Plan, files: ModelFiles, ranks: Ranks) -> tuple[torch.Tensor, dict[str, Any] | None]:
     """The final latents and the report of the errors, from a grey image and texts of one seed."""
     torch.manual_seed(3)
-    pipeline = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
     residuals = ResidualCache(plan.skips)
     latents = pipeline.latent(plan, *blank_inputs(plan, files), Stopwatch("cpu"), lambda *_: None, residuals)
     assert pipeline.lossy is not None and getattr(pipeline.lossy, "_lists", {}) == {}  # the VAE gets their memory
@@ -266,7 +266,7 @@ def test_guards_are_dense_and_lists_are_made_again(planned: Planned, monkeypatch
 def test_a_cancelled_video_leaves_no_lists(planned: Planned) -> None:
     """The next video encodes its image before its own lists replace them, and the VAE's memory plan has no lists."""
     plan, files = planned(**HALF, **NO_GUARDS)
-    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     assert isinstance(pipeline.lossy, SparseAttention)
     held: list[int] = []
 
@@ -288,7 +288,7 @@ LENGTHS = (2, 3, 4)  # of lists of four blocks
 def ladder(plan: Plan, files: ModelFiles, ranks: Ranks) -> tuple[torch.Tensor, Errors]:
     """The final latents of a calibration, and the errors of lists of three lengths."""
     torch.manual_seed(3)
-    pipeline = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
     assert isinstance(pipeline.lossy, SparseAttention)
     pipeline.lossy.measure(LENGTHS, fp8=True)
     latents = pipeline.latent(

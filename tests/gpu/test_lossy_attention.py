@@ -18,7 +18,7 @@ from tests.parity import likeness, relative_error
 from wanfast.runtime.engine import attention_probe
 from wanfast.runtime.models import attention_router, fused
 from wanfast.runtime.models.attention_check import fp8_errors, sampled_errors
-from wanfast.runtime.models.attention_fp8 import emulated, fp8_attention
+from wanfast.runtime.models.attention_fp8 import attention_in_fp8, emulated, fp8_attention
 from wanfast.runtime.models.attention_kernels import KERNELS
 from wanfast.runtime.models.attention_router import block_lists
 from wanfast.runtime.models.block_sparse import block_sparse_attention, listed_attention
@@ -164,7 +164,7 @@ def test_exact_heads_are_computed_in_float8() -> None:
     """As a plan of attention does: the heads are rounded after the exchange, and values have an offset."""
     q, k, v = drawn(3000, heads=5)
     v = v + 3
-    out = fused.attention_in_fp8(q, k, v)
+    out = attention_in_fp8(q, k, v)
     assert out.dtype == torch.bfloat16
     assert relative_error(out, attention_probe._formula(q.double(), k.double(), v.double())) <= 0.01
     rows = torch.randint(3000, (5, 64), device="cuda")

@@ -50,15 +50,15 @@ else:
     mix = Mix(write_pack(folder / "photographs.zip"), "cuda")
     kinds = [replace(kind, count=40) for kind in (train_vae.SHORT if stage == "vae-short" else train_vae.LONG)]
     pools = [train_vae.render(mix, kind, 0) for kind in kinds]
-    if stage == "vae-long":
+    if stage != "vae-short":
         weights = [p.detach() for p in train_vae.build(SPEC.vae, "cuda").parameters()]
-        torch.save({"ema": weights}, folder / "vae-short.pt")
+        torch.save({"ema": weights}, folder / ("vae-short.pt" if stage == "vae-long" else train_vae.FINISHED))
     train_vae.fit(SPEC.vae, pools, schedule, folder, kinds, stage)
 """
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stage", ["vae-short", "vae-long", "experts"])
+@pytest.mark.parametrize("stage", ["vae-short", "vae-long", "vae-decoder", "experts"])
 def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str) -> None:
     def run(piece: str, folder: str) -> int:
         subprocess.run([sys.executable, "-c", PIECE, stage, piece, str(tmp_path / folder)], check=True)

@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.on_ranks import on_ranks
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session as session_module
 from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.pixels import Frame
 from wanfast.runtime.engine.session import Session, Sessions
@@ -21,8 +19,9 @@ from wanfast.runtime.errors import CancelledError, from_failure
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.jobs import generate
 from wanfast.runtime.jobs.generate import FramesFile
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.placement import place
-from wanfast.runtime.planning.plan import Job, resolve
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.processes import worker
 
 State = tuple[str, int, int]
@@ -107,29 +106,13 @@ def test_experts_are_evicted_only_where_the_text_encoder_is_about_to_load(
             session = Session.open(job.config, ranks)
             session.load()
             evicted.clear()
-            session.encode(texts)
+            session.encode([tuple(texts)])
             counts.append(len(evicted))
         return counts
 
     assert work(Ranks("cpu")) == [1, 0, 1, 1]
     shutil.rmtree("artifacts")
     assert on_ranks(Mesh(ulysses=2), work) == [[1, 0, 1, 1], [0, 0, 0, 0]]
-
-
-def test_a_session_keeps_the_texts_that_were_used_last(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded: list[list[str]] = []
-
-    def embeds(texts: list[str], *arguments: object) -> dict[str, torch.Tensor]:
-        encoded.append(list(texts))
-        return {text: torch.zeros(1) for text in texts}
-
-    monkeypatch.setattr(session_module, "prompt_embeds", embeds)
-    session = Session.open(job.config, Ranks("cpu"))
-    for number in range(100):
-        session.encode(["negative", f"prompt {number}"])
-    assert len(session._embeds) == 32 and sum("negative" in texts for texts in encoded) == 1
-    session.encode([f"line {number}" for number in range(50)])  # a list is encoded as a whole
-    assert len(session._embeds) == 50
 
 
 def test_frames_are_written_whole_or_not_at_all(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

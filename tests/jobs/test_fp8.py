@@ -14,7 +14,7 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.session import Sessions
 from wanfast.runtime.planning import past_runs, placement
-from wanfast.runtime.planning.plan import resolve
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.store import curves, model_files
 
 FP8 = (*GOOD, "--attention", "fa3-fp8", "--fp8-steps", "1:2")

@@ -33,8 +33,8 @@ from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.next_step import warmup_command
 from wanfast.runtime.planning.placement import FreeMemory, place
-from wanfast.runtime.planning.plan import resolve
 from wanfast.runtime.planning.progress import LOADING, share_done
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.planning.sidecar import Recording
 from wanfast.runtime.processes import handle as handle_module
 

@@ -17,7 +17,7 @@ from tests.conftest import Outcome
 from tests.lora_files import low_rank, of_blocks
 from wanfast.runtime.config import EffectiveConfig, ModelsConfig
 from wanfast.runtime.config.models import parse_lora
-from wanfast.runtime.engine import session
+from wanfast.runtime.engine import loading
 from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.jobs import doctor
@@ -138,10 +138,10 @@ def test_a_wrong_option_is_refused_before_anything_starts(
 def test_a_file_that_changes_after_the_plan_is_refused(loras: tuple[str, str], workdir: Path) -> None:
     files = model_files.locate("tiny", str(workdir / "artifacts"))
     models = identified(ModelsConfig(model="tiny", lora=(loras[0],), artifacts_dir=str(workdir / "artifacts")))
-    assert session._merges(files, models).keys() == {"high_noise", "low_noise"}
+    assert loading._merges(files, models).keys() == {"high_noise", "low_noise"}
     (workdir / loras[0]).write_bytes((workdir / loras[1]).read_bytes())
     with pytest.raises(ConfigError, match="--lora: a file changed since the plan was made"):
-        session._merges(files, models)
+        loading._merges(files, models)
 
 
 def test_the_plan_on_a_terminal_and_the_doctor_know_the_loras(wanfast: Wanfast, loras: tuple[str, str]) -> None:

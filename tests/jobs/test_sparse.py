@@ -16,7 +16,8 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.session import Sessions
 from wanfast.runtime.planning import past_runs, placement
-from wanfast.runtime.planning.plan import resolve
+from wanfast.runtime.planning.plan_json import sparsity_json
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.store import curves, model_files
 
 Wanfast = Callable[..., Outcome]
@@ -160,7 +161,7 @@ def test_lists_stand_in_the_memory_plan(wanfast: Wanfast, workdir: Path) -> None
     need = placement._need([plan], plan.mesh)
     assert placement._in_loop(need) == {"loop": need.loop, "lists of blocks": one}
     dense, _ = resolve(own, runs=False)
-    assert dense.list_bytes(dense.mesh) == 0 and dense.sparsity_json() is None
+    assert dense.list_bytes(dense.mesh) == 0 and sparsity_json(dense) is None
 
 
 def test_a_curve_is_measured_with_dense_attention(workdir: Path) -> None:

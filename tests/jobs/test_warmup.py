@@ -30,7 +30,7 @@ from wanfast.commands.report import Report
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import attention_probe, compilation, session
+from wanfast.runtime.engine import attention_probe, compilation, loading
 from wanfast.runtime.engine.compilation import cache_inputs
 from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.facts.choices import Attention
@@ -319,7 +319,7 @@ def test_the_compiler_is_imported_while_weights_are_read(
     small_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, files = plan_small_model(small_model)
-    build, began, reading, imported = session.build_expert, Event(), Event(), Event()
+    build, began, reading, imported = loading.build_expert, Event(), Event(), Event()
 
     def import_compiler(gpu: int | None) -> None:
         began.set()
@@ -332,10 +332,10 @@ def test_the_compiler_is_imported_while_weights_are_read(
         return build(*arguments, **options)
 
     monkeypatch.setattr(compilation, "_import_compiler", import_compiler)
-    monkeypatch.setattr(session, "build_expert", build_expert)
-    monkeypatch.setattr(session, "compile_blocks", lambda model, mode: compiled.append(imported.is_set()))
+    monkeypatch.setattr(loading, "build_expert", build_expert)
+    monkeypatch.setattr(loading, "compile_blocks", lambda model, mode: compiled.append(imported.is_set()))
     compiled: list[bool] = []
-    session.load_models(files, plan.config.replace(compile=True), Ranks("cpu"), Stopwatch("cpu"))
+    loading.load_models(files, plan.config.replace(compile=True), Ranks("cpu"), Stopwatch("cpu"))
     assert compiled == [True, True]
 
 

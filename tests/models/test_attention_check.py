@@ -13,9 +13,9 @@ from torch import Tensor
 
 from wanfast.runtime.engine import attention_probe
 from wanfast.runtime.models.attention_check import errors_by_length, fp8_errors, sampled_errors
+from wanfast.runtime.models.attention_fp8 import attention_in_fp8
 from wanfast.runtime.models.attention_router import block_lists, block_order
 from wanfast.runtime.models.block_sparse import block_sparse_attention
-from wanfast.runtime.models.fused import attention_in_fp8
 
 
 def drawn(length: int, heads: int, generator: torch.Generator) -> list[Tensor]:

@@ -14,18 +14,19 @@ from tests.parity import relative_error
 from wanfast.runtime.engine.attention_probe import _formula
 from wanfast.runtime.models import attention_fp8
 from wanfast.runtime.models.attention_fp8 import (
-    FP8,
     Fp8Heads,
     Scaling,
+    attention_in_fp8,
     fp8_attention,
-    hadamard_rotated,
     largest_norms,
     sampled_rows,
     scaling,
     statistics,
 )
-from wanfast.runtime.models.fused import attention_in_fp8, heads_to_fp8
+from wanfast.runtime.models.fused import heads_to_fp8
+from wanfast.runtime.models.hadamard import hadamard_rotated
 from wanfast.runtime.models.rope import apply_rotary, rotary_tables
+from wanfast.runtime.models.tokens import FP8
 
 __all__ = ["norms"]  # a fixture: the formulas, and the kernels by Triton's interpreter
 EPS = 1e-6

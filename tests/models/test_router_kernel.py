@@ -13,7 +13,7 @@ from wanfast.runtime.models import attention_router
 from wanfast.runtime.models.attention_router import block_lists, block_order, choice_scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLOCK = 8  # tokens; a tile of the kernel has 16 blocks
+BLOCK = 8  # tokens; a tile of the kernel has 64 blocks
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def drawn(length: int, head_dim: int = 8, heads: int = 3) -> list[Tensor]:
         (1, 8, 0, 0),
         (8, 8, 1, 0),  # one block
         (61, 24, 2, 1),  # the last block lacks a quarter, and its last quarter a token
-        (128, 128, 3, 0),  # a whole tile
-        (129, 128, 3, 2),  # a tile's only block has one quarter
-        (301, 8, 5, 4),
+        (512, 128, 3, 0),  # a whole tile
+        (513, 128, 3, 2),  # a tile's only block has one quarter
+        (1101, 8, 5, 4),
     ],
 )
 @torch.inference_mode()
@@ -69,15 +69,15 @@ def test_of_equal_scores_the_smaller_number_is_chosen(by_kernel: pytest.MonkeyPa
     """In two tiles, so that the scores of equal keys come from two programs."""
     if way == "formula":
         by_kernel.undo()
-    q, k = drawn(20 * BLOCK, heads=2)
+    q, k = drawn(70 * BLOCK, heads=2)
     k = k[:, :1].expand(k.shape)
     counts, blocks = block_lists(q, k, BLOCK, (4, 6), 1, 1)
     order = block_order(q, k, BLOCK, 1, 1)
-    assert counts[0, 0].tolist() == [4] * 20
-    for number in range(20):
-        kept = {0, 19, number}
+    assert counts[0, 0].tolist() == [4] * 70
+    for number in range(70):
+        kept = {0, 69, number}
         for head, length in enumerate((4, 6)):
-            free = [block for block in range(20) if block not in kept]
+            free = [block for block in range(70) if block not in kept]
             wanted = sorted([*kept, *free[: length - len(kept)]])
             assert blocks[0, head, number].tolist() == wanted + [0] * (6 - length)
             assert sorted(order[head, number].argsort()[:length].tolist()) == wanted

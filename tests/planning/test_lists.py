@@ -14,7 +14,7 @@ import pynvml
 import pytest
 
 from tests.conftest import Machine, Outcome
-from wanfast.runtime.planning import plan
+from wanfast.runtime.planning import image_inputs, notes, skips
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import TINY
 
@@ -37,8 +37,8 @@ def test_a_list_asks_each_question_once(wanfast: Wanfast, small_model: Path, mon
 
         return count
 
-    monkeypatch.setattr(plan, "PromptTokenizer", counted("tokenizer", plan.PromptTokenizer))
-    monkeypatch.setattr(plan.images, "load_image", counted("image", plan.images.load_image))
+    monkeypatch.setattr(notes, "PromptTokenizer", counted("tokenizer", notes.PromptTokenizer))
+    monkeypatch.setattr(image_inputs.images, "load_image", counted("image", image_inputs.images.load_image))
     monkeypatch.setattr(model_files, "read_spec", counted("model", model_files.read_spec))
     monkeypatch.setattr(pynvml, "nvmlInit", counted("driver", pynvml.nvmlInit))
     write_list(20)
@@ -51,17 +51,17 @@ def test_a_list_asks_each_question_once(wanfast: Wanfast, small_model: Path, mon
 def test_the_skips_of_a_list_are_chosen_once(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for skips of both branches together, and once for separate skips, whose number the plan shows."""
     asked: list[bool] = []
-    plan_best = plan.plan_best
+    plan_best = skips.plan_best
 
     def counted(*args: Any, joint: bool, **named: Any) -> Any:
         asked.append(joint)
         return plan_best(*args, joint=joint, **named)
 
-    plan._planned_skips.cache_clear()
-    monkeypatch.setattr(plan, "plan_best", counted)
+    skips._chosen.cache_clear()
+    monkeypatch.setattr(skips, "plan_best", counted)
     write_list(4)
-    skips = ("--steps", "7", "--magcache", "preset", "--magcache-interpolate", "--magcache-budget", "0.83")
-    outcome = wanfast("generate", "--model", "tiny", *VIDEO, *skips)
+    budget = ("--steps", "7", "--magcache", "preset", "--magcache-interpolate", "--magcache-budget", "0.83")
+    outcome = wanfast("generate", "--model", "tiny", *VIDEO, *budget)
     assert outcome.exit_code == 0, outcome.err
     assert sorted(asked) == [False, True]
 

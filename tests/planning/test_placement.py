@@ -22,7 +22,7 @@ from wanfast.runtime.machine.gpus import Gpu
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.planning import placement
-from wanfast.runtime.planning.plan import resolve
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.processes import elastic, failures, worker
 
 Wanfast = Callable[..., Outcome]

@@ -26,7 +26,7 @@ def test_a_group_does_its_own_jobs_first_and_then_those_that_are_left() -> None:
 
 def alike(count: int) -> list[Any]:
     """Returns jobs that share models."""
-    videos = [SimpleNamespace(prompts=(f"{n}",), negative_prompt="") for n in range(count)]
+    videos = [SimpleNamespace(texts=[(f"{n}", "")]) for n in range(count)]
     models = namedtuple("Models", "model precision")("alike", "bf16")
     return [SimpleNamespace(config=SimpleNamespace(models=models, video=video)) for video in videos]
 
@@ -34,7 +34,7 @@ def alike(count: int) -> list[Any]:
 def test_a_group_encodes_the_prompts_of_its_own_jobs() -> None:
     """With four groups, each would otherwise encode all prompts of the list."""
     encoded: list[str] = []
-    session = session_that(encode=encoded.extend)
+    session = session_that(encode=lambda clips: encoded.extend(itertools.chain.from_iterable(clips)))
     sessions: Any = SimpleNamespace(of=lambda config: session, ranks=None)
     done = run_jobs(lambda index, *_: {"index": index}, alike(8), sessions, Share(1, 4), lambda *state: None)
     assert sorted(index for index, _ in done) == list(range(8))

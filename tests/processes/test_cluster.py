@@ -26,7 +26,8 @@ from wanfast.runtime.config import OutputConfig
 from wanfast.runtime.errors import ConfigError, MissingArtifactError, RankFailedError, failure
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
-from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.job import Job
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.processes import cluster
 from wanfast.runtime.processes.remote import Delivered
 from wanfast.runtime.store import model_files

@@ -20,7 +20,7 @@ from tests.conftest import Outcome
 from tests.processes.test_launch import SMALL, Start, start, with_fault
 from wanfast.runtime.engine import session
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.processes import pace, worker
 from wanfast.runtime.store.model_files import TINY, ModelFiles
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,12 +18,13 @@ import training.__main__ as training_main
 import training.loop
 from tests.small_pack import write_pack
 from training import plot, train_experts, train_lora, train_vae
-from training.clips import LARGE, Mix
+from training.clips import FOR_VAE, LARGE, Mix
 from training.clips import SMALL as SMALL_CLIPS
 from training.export import export
 from training.loop import Schedule, load_ema, train
 from training.muon import Muon
 from training.spec import SPEC
+from wanfast.quality.world import Scene
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.conditioning import given_clip
 from wanfast.runtime.engine.denoise import denoise
@@ -187,6 +189,24 @@ def test_long_windows_continue_from_short_ones_and_only_the_end_moves_on(tmp_pat
     assert len(set(train_vae.finished(SMALL.vae, tmp_path).latents_std)) > 1
 
 
+def test_the_decoder_learns_again_and_latents_stay(tmp_path: Path, mix: Mix) -> None:
+    """Also through a checkpoint, because a stage may be interrupted."""
+    weights = [p.detach().bfloat16() for p in train_vae.build(SMALL.vae, "cpu").parameters()]
+    facts = {"latents_mean": [0.25] * 16, "latents_std": [2.0] * 16}
+    torch.save({"ema": weights, **facts}, tmp_path / "vae-finished.pt")
+    before = {name: value.clone() for name, value in train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict().items()}
+    for steps in (1, 2):
+        schedule = Schedule(steps=steps, muon_rate=0.1, weight_decay=0.1, warmup=1)
+        assert train_vae.fit(SMALL.vae, pools(mix), schedule, tmp_path, train_vae.TOY, "vae-decoder")
+    train_vae.finish_decoder(tmp_path)
+    after = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert {"decoder.conv_in.weight", "post_quant_conv.weight"} <= changed
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+    spec = train_vae.finished(SMALL.vae, tmp_path)
+    assert (spec.latents_mean, spec.latents_std) == ((0.25,) * 16, (2.0,) * 16)
+
+
 @pytest.mark.parametrize("learning", [True, False])
 def test_a_whole_clip_at_once_is_the_pipelines_clip(learning: bool) -> None:
     vae = train_vae.build(SMALL.vae, "cpu")
@@ -198,6 +218,12 @@ def test_a_whole_clip_at_once_is_the_pipelines_clip(learning: bool) -> None:
     with torch.set_grad_enabled(learning):
         assert torch.allclose(train_vae.encode(vae, video), latents, atol=1e-4)
         assert torch.allclose(train_vae.decode(vae, latents), decoded, atol=1e-4)
+
+
+def kinds_of(scenes: list[Scene]) -> tuple[int, int]:
+    """Returns how many scenes are photographs alone, and how many are shapes over photographs."""
+    alone = sum(scene.subject is None for scene in scenes)
+    return alone, sum(scene.subject is not None and scene.shot is not None for scene in scenes)
 
 
 def test_batches_take_the_formats_in_turn_and_show_each_kind_of_clip(mix: Mix) -> None:
@@ -214,9 +240,12 @@ def test_batches_take_the_formats_in_turn_and_show_each_kind_of_clip(mix: Mix) -
         seen.add(alike[0])
     assert len(seen) == 6  # each window, as it is and mirrored
     scenes = [mix.scene(number, (128, 128)) for number in range(200)]
-    alone = sum(scene.subject is None for scene in scenes)
-    over = sum(scene.subject is not None and scene.shot is not None for scene in scenes)
+    alone, over = kinds_of(scenes)
     assert 20 < alone < 60 and 20 < over < 60  # of 200: a fifth each
+    of_vae = copy(mix)
+    of_vae.shares = FOR_VAE
+    alone, over = kinds_of([of_vae.scene(number, (128, 128)) for number in range(200)])
+    assert 75 < alone < 125 and 40 < over < 80  # of 200: a half and three tenths
     motions = [scene.motion for scene in scenes if scene.subject is not None]
     assert (
         0.22 < sum(motion in ("spin", "shrink") for motion in motions) / len(motions) < 0.4

@@ -21,7 +21,8 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.facts.model_spec import UMT5Spec
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.planning.placement import place
-from wanfast.runtime.planning.plan import resolve
+from wanfast.runtime.planning.plan_json import plan_json
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.store import model_files, shards
 from wanfast.runtime.store.expert_files import NamedExpert
 from wanfast.runtime.store.model_files import TINY
@@ -134,7 +135,7 @@ def test_facts_of_a_model(workdir: Path, examples: int) -> None:
         (folder / "wanfast.json").write_text(json.dumps(facts))
         plan, _ = resolve(OPTIONS | {"model": str(folder)})
         (placed,) = place([plan])
-        json.dumps(placed.to_json())
+        json.dumps(plan_json(placed))
 
     facts = dataclasses.asdict(model_files.locate("tiny", "artifacts").spec)
     damage(changed(json.loads(json.dumps(facts))), check, examples)

@@ -1,8 +1,8 @@
 """Runs the jobs of `wanfast calibrate-attention` on a rank: denoises each clip, and measures errors of attention.
 
-The clip is denoised with dense attention. In each call, the error that lists of blocks would cause is measured on
-sampled rows, for each density of `LADDER`. As in a run, lists are used for several steps before new lists are made. If
-the float8 kernel runs here, the error in float8 is measured too.
+The clip is denoised with dense attention. In each call of self-attention, the error that lists of blocks would cause is
+measured on sampled queries, for each density of `LADDER`. As in a run, lists are used for several steps before new
+lists are made. If the float8 kernel runs on all ranks, the error in float8 is measured too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.facts.densities import LADDER, Densities, bands_of
 from wanfast.runtime.facts.sparsity import list_length
 from wanfast.runtime.jobs.loop import by_step, measuring
-from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.progress import ProgressFn
 
 

@@ -31,8 +31,10 @@ def chosen(measured: list[dict[str, Any]], target: float, *, fp8: bool) -> dict[
     """Returns, as a JSON document, the cheapest choices whose error is at most `target` in every clip.
 
     A clip's error is the mean over the calls of a band. If no choice fits, the head is dense, and has no error. Float8
-    is a choice only if `fp8` is true. The document also holds two kinds of errors of every choice. `errors` holds
-    each head's largest error over the clips. `ladder` holds the mean error over all heads and clips.
+    is a choice only if `fp8` is true. "densities" holds the choices [band][layer][head], and null for a dense head.
+    "mean_error" and "largest_error" are over the chosen densities of all heads and clips. The document also holds the
+    errors of every possible choice. "errors" [band][layer][head][choice] holds the largest error over the clips.
+    "ladder" holds the mean error of each choice over all heads and clips.
     """
     choices = [choice for choice in CHOICES if choice is not None and (fp8 or choice != "fp8")]
     columns = [(*LADDER, "fp8").index(choice) for choice in choices]  # as a clip's errors have them

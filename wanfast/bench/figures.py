@@ -24,6 +24,7 @@ from wanfast.runtime.facts.flop import bf16_peak, forward_flop
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.planning.past_runs import forwards_in_turn
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import magcache_json, plan_json
 from wanfast.runtime.store.json_files import Document
 
 STAGES = ("encode", "denoise", "decode")
@@ -78,7 +79,7 @@ def _shown(clip: Clip) -> Document:
 
 def _row(row: Row, cells: Cells, errors: Errors) -> Document:
     error = row.error or errors.get(row.recipe)
-    changes = row.plans[0].to_json()["overridden"] if row.plans else {}
+    changes = plan_json(row.plans[0])["overridden"] if row.plans else {}
     document: Document = {
         "recipe": row.recipe,
         "status": "measured",
@@ -114,7 +115,7 @@ def _figures(plans: Sequence[Plan], found: list[tuple[Cell, Document]]) -> Docum
         by_repeat.setdefault(cell.repeat, []).append(_seconds(plans[cell.clip], document))
     means = [{stage: fmean(one[stage] for one in of_clips) for stage in STAGES} for of_clips in by_repeat.values()]
     one = found[0][1]
-    skips = [plan.magcache_json() or {"skipped_forwards": 0, "residual_bytes": 0} for plan in plans]
+    skips = [magcache_json(plan) or {"skipped_forwards": 0, "residual_bytes": 0} for plan in plans]
     computed = [plan.num_forwards - skip["skipped_forwards"] for plan, skip in zip(plans, skips, strict=True)]
     of_each = [forward_flop(plan.spec.dit, plan.geometry.tokens) for plan in plans]
     flop = fmean(number * each for number, each in zip(computed, of_each, strict=True))
@@ -140,14 +141,14 @@ def _figures(plans: Sequence[Plan], found: list[tuple[Cell, Document]]) -> Docum
 def _seconds(plan: Plan, document: Document) -> dict[str, float]:
     """Returns the seconds of each stage; if few steps were measured, denoising is scaled to all forwards."""
     seconds = {stage: document["seconds"].get(stage, 0.0) for stage in STAGES}
-    share = sum(forwards_in_turn(plan.to_json())) / sum(forwards_in_turn(document["plan"]))
+    share = sum(forwards_in_turn(plan_json(plan))) / sum(forwards_in_turn(document["plan"]))
     return seconds | {"denoise": seconds["denoise"] * share}
 
 
 def _estimate(plan: Plan, document: Document) -> str | None:
     """Returns how the seconds of denoising were estimated; None if the whole video was measured."""
     steps, of_all = sum(document["plan"]["steps"].values()), len(plan.schedule)
-    measured, wanted = (sum(forwards_in_turn(of)) for of in (document["plan"], plan.to_json()))
+    measured, wanted = (sum(forwards_in_turn(of)) for of in (document["plan"], plan_json(plan)))
     if (steps, measured) == (of_all, wanted):
         return None
     return (

@@ -12,7 +12,8 @@ from typing import Literal, get_args
 from wanfast.commands.progress import progress_bars
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning import past_runs
-from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.job import Job
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.progress import ProgressFn, ResultFn
 from wanfast.runtime.processes import cluster
 from wanfast.runtime.processes.launch import RankGroups, num_groups

@@ -18,7 +18,7 @@ from wanfast.runtime.errors import JobsFailedError, from_failure
 from wanfast.runtime.facts.memory import gb
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.next_step import warmup_command
-from wanfast.runtime.planning.plan import read_guided
+from wanfast.runtime.planning.plan_json import plan_json, read_guided
 from wanfast.runtime.planning.requests import Planned
 
 _ANY_WIDTH = 10_000
@@ -50,7 +50,7 @@ class Report:
                 continue
             if always or not self.brief:
                 seconds = past_runs.predicted_seconds(item.plan)
-                self._table("plan" + _of_line(item), _plan_rows(item.plan.to_json(), seconds))
+                self._table("plan" + _of_line(item), _plan_rows(plan_json(item.plan), seconds))
         for note, lines in _notes(planned).items():
             self._warnings.print(f"note{lines}: {note}", markup=False)
 

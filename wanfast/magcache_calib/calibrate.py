@@ -9,7 +9,7 @@ from typing import Any
 from wanfast.magcache_calib.recorder import Recorder
 from wanfast.runtime.engine.session import Session
 from wanfast.runtime.jobs.loop import by_step, measuring
-from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.progress import ProgressFn
 
 

@@ -3,7 +3,8 @@
 A line may also name a `last_image`. Then all lines must name one, because a curve is either for videos with a last
 image or for videos without one. In a set for a model that makes videos from text alone, each line has only a prompt.
 
-Three small sets ship with the package: drawn scenes for the model `tiny`, photographs, and texts.
+Three small sets ship with the package: drawn scenes for the model `tiny`, photographs for other models that take
+images, and texts for models that take no image.
 This module does not import torch.
 """
 
@@ -55,8 +56,7 @@ def read_set(folder: Path, seed: int, name: str = LIST, *, takes_images: bool = 
     """Reads the clips of a set from the file `name` in `folder`.
 
     The first clip gets `seed`, the second gets seed + 1, and so on. `takes_images`: whether the set is for a model that
-    takes images. Raises ConfigError if the set is missing or
-    malformed.
+    takes images. Raises ConfigError if the set is missing or malformed.
     """
     example = _EXAMPLE if takes_images else _EXAMPLE_OF_TEXT
     with foreign(f"--set {folder}: {name}", f"write one line per clip, such as {example}"):

@@ -36,7 +36,7 @@ def read_clip(
 def require_clip(
     store: ArtifactStore, kind: str, inputs: dict[str, Any], is_whole: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
-    """Returns a clip's stored measurements. Raises MissingArtifactError where `read_clip` returns None."""
+    """Returns a clip's stored measurements. Raises MissingArtifactError if `read_clip` returns None."""
     measured = read_clip(store, kind, inputs, is_whole)
     if measured is None:
         raise MissingArtifactError(

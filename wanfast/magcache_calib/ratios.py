@@ -64,9 +64,10 @@ def _mean(values: list[float], otherwise: float) -> float:
 def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelFiles) -> dict[str, Any] | None:
     """Compares the curve with the model's preset, and lists the steps at which the ratios differ too much.
 
-    A difference is too large if it exceeds the curve's spread at the step (the standard deviation over tokens). The
-    worst step has the largest difference relative to its spread. The first step of each expert is excluded, because no
-    plan uses the ratio of such a step.
+    A difference is too large if it exceeds the curve's spread at the step (the standard deviation over tokens).
+    "steps" lists the steps with such a difference, counted from 0. "worst" is the step with the largest difference
+    relative to its spread, and "differs" says whether this difference is too large. The first step of each expert is
+    excluded, because no plan uses the ratio of such a step.
     Returns None if the model has no preset, if the preset belongs to other timesteps than those of `config`, or if
     every step is excluded.
     """

@@ -1,13 +1,14 @@
 """Measures what lossy attention costs on the tiny model; `make tiny-attention` runs this module.
 
-Held-out pairs of image and prompt go through the pipeline with dense attention, and then in every way of lossy
-attention, with the same seed. Nothing is guarded, unless the name of a way says so, so that every call is lossy. Each
-density has two plans of equal cost: one in which all heads have this density, and one that is calibrated. The
-calibrated plan comes from the clips that ship for `wanfast calibrate-attention`. Its target error is the smallest with
-which it computes no more blocks than the uniform plan. Float8 is measured with and without the mean of v. Each video is
-compared with the video of dense attention (PSNR, SSIM). In each lossy call, sampled rows are compared with exact rows
-(error). The tracker classifies the motion of each video. The command writes JSON and plots quality over density. For
-each way, the JSON also says whether a recipe may use it; see `gate`.
+Held-out pairs of image and prompt go through the pipeline with dense attention, and then with each kind of lossy
+attention, with the same seed. All calls of self-attention are lossy, except in the rows named "guarded": there, the
+first steps and the first layers stay dense. Each density has two plans of equal cost. In the uniform plan, all heads
+have this density. The calibrated plan comes from the clips that ship for `wanfast calibrate-attention`. Its target
+error is the smallest one at which the plan computes no more blocks than the uniform plan. Float8 is measured twice:
+with v's mean subtracted before quantization, and with v's mean left in. Each video is compared with the video of dense
+attention (PSNR, SSIM). In each lossy call, the outputs of some queries are compared with exact outputs (the sampled
+error). The tracker classifies the motion of each video. The command writes JSON and plots quality over density. For
+each kind of attention, the JSON also says whether a recipe may use this attention; see `gate`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from wanfast.runtime.facts.choices import Attention
 from wanfast.runtime.facts.densities import Densities, bands_of
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import sparsity_json
 from wanfast.runtime.store import model_files
 
 SIDE, FRAMES = 256, 33  # 2,304 tokens, 18 blocks
@@ -161,7 +163,7 @@ def summarise(results: list[list[dict[str, Any]]], all_ways: list[AttentionWay],
 
 
 def _row(way: AttentionWay, rows: list[dict[str, Any]], judge: Judge) -> dict[str, Any]:
-    sparsity = way.plan(judge, 0).sparsity_json()
+    sparsity = sparsity_json(way.plan(judge, 0))
     errors = [row["error"] for row in rows if row["error"]]
     compared = [row["psnr_dense"] for row in rows if row["psnr_dense"] is not None]
     ssims = [row["ssim_dense"] for row in rows]
@@ -228,7 +230,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="JSON file; a PNG file with the plot is written beside it"
+    )
     options = parser.parse_args()
     require_plotting(parser, options.output)
     started = time.perf_counter()

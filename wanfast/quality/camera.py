@@ -63,8 +63,8 @@ OVER_A_PHOTOGRAPH = ("over a photograph", "across a photograph", "over a picture
 def caption(name: str, choice: float, place: float) -> str:
     """Returns a caption for the camera motion `name`; some captions also name a photograph.
 
-    `choice` selects the sentence. `place` decides whether the sentence names a photograph, and in which words. Both
-    numbers are in [0, 1).
+    `choice` selects the sentence. If `place` is below 0.4, the sentence names a photograph, and `place` selects the
+    words for it. Both numbers are in [0, 1).
     """
     phrases = CAMERAS[name].phrases
     sentence = phrases[int(choice * len(phrases))]

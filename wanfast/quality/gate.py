@@ -1,8 +1,10 @@
 """This module says which ways of lossy attention a recipe may use, from what the tiny model's videos show.
 
 A way passes if three conditions hold. Its share of followed prompts is not below the 95 % interval of dense attention's
-share. Its videos are like those of dense attention. The sampled error of a head is at most the target of a calibration.
-Limit: the interval of a few pairs is wide, and the tiny model has short rows; other weights may have other errors.
+share. Its videos have a mean SSIM of at least `LEAST_SSIM` to the videos of dense attention. The sampled error of its
+heads, averaged over all heads and videos, is at most `TARGET_ERROR`, the default target of a calibration.
+Limits: the interval is wide if there are few videos. In the tiny model, a query attends to few keys, so that the errors
+of larger models may differ.
 """
 
 from __future__ import annotations

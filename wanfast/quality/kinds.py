@@ -1,13 +1,13 @@
 """Measures videos with a given last image, and videos of several clips; `make tiny-kinds` runs this module.
 
-A model must know last images and, with `--photographs`, photographs. For each held-out pair, a video gets the last
-frame of the true clip as its last image. The figures say how near the video's last frame comes to this image. A second
-video is made without the last image, to show that the measure can fail.
-For each chain, four clips with one prompt are made and joined as `wanfast generate` joins them. At a seam, the frames
-must differ no more than most neighbours inside the clips. The motion before a seam must go on after it. Colours may
-drift: their mean and deviation in each clip are compared with those in the first clip. The things in the frame must not
-leave the frame. So only shapes that circle, spin or stand still are used. All camera motions are used; only a still
-camera shows the same things in all clips.
+The model must be trained with last images. With `--photographs`, it must also be trained with photographs. For each
+held-out pair, a video gets the last frame of the true clip as its last image. The figures say how near the video's last
+frame comes to this image. A second video is made without the last image, to show that the measure can fail.
+For each chain, four clips with one prompt are made and joined as `wanfast generate` joins them. A seam is the place
+where two clips meet. At a seam, the frames must differ no more than most neighbouring frames inside the clips. The
+motion before a seam must go on after the seam. Colours may drift: the colours' mean and standard deviation in each clip
+are compared with those in the first clip. A shape must not leave the frame, so only shapes that circle, spin or stand
+still are used. All camera motions are used; only a still camera shows the same things in all clips.
 """
 
 from __future__ import annotations
@@ -107,7 +107,10 @@ def _asked(mover: Mover, scene: Scene) -> str:
 
 
 def chain_figures(frames: Frames, mover: Mover, scene: Scene) -> dict[str, Any]:
-    """Returns the metrics of joined frames [CLIPS * n + 1, H, W, 3] of clips that have n + 1 frames each."""
+    """Returns the metrics of a chain's joined frames [CLIPS * n + 1, H, W, 3].
+
+    Each clip has n + 1 frames, because neighbouring clips share one frame.
+    """
     steps = (len(frames) - 1) // CLIPS  # from one seam to the next
     seams = [steps * clip for clip in range(1, CLIPS)]
     differences = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(axis=(1, 2, 3)).tolist()
@@ -126,7 +129,8 @@ def goes_on(window: Frames, mover: Mover, scene: Scene, share: float) -> bool | 
     """Returns whether the motion before the middle frame goes on after it; None if the prompt asks for no motion.
 
     Each half of the window [2 * n + 1, H, W, 3] lasts `share` of a clip. The motion goes on if both halves have at
-    least a quarter of the asked speed, and their directions differ by at most 60 degrees.
+    least a quarter of the requested speed, and their directions differ by at most 60 degrees. Returns False if the
+    motion could not be followed.
     """
     known, tolerance = _judge_of(mover, scene)
     start, end = known([0.0, share])
@@ -248,8 +252,12 @@ def _lasts(index: int) -> bool:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--pairs", type=int, default=25, help="videos between two images, of shapes and of photographs")
-    parser.add_argument("--chains", type=int, default=18, help=f"videos of {CLIPS} clips, of shapes and of photographs")
+    parser.add_argument(
+        "--pairs", type=int, default=25, help="number of held-out pairs, of shapes and of photographs each"
+    )
+    parser.add_argument(
+        "--chains", type=int, default=18, help=f"number of videos of {CLIPS} clips, of shapes and of photographs each"
+    )
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     options = parser.parse_args()
     settings = settings_of(parser, options)

@@ -19,21 +19,27 @@ _MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def psnr(video: Tensor, reference: Tensor) -> float:
-    """Returns the PSNR in decibels, from the mean squared error over all pixels; infinite for equal videos."""
+    """Returns the PSNR in decibels, from the mean squared error over all pixels; infinite for equal videos.
+
+    Raises ValueError as `ssim` does.
+    """
     _check_shapes(video, reference)
     error = (_unit(video) - _unit(reference)).square().mean()
     return float(-10 * error.log10())
 
 
 def ssim(video: Tensor, reference: Tensor) -> float:
-    """Returns the structural similarity, averaged over pixels, channels and frames; 1 for equal videos."""
+    """Returns the structural similarity, averaged over pixels, channels and frames; 1 for equal videos.
+
+    Raises ValueError if the shapes differ, or if H or W is less than 11 pixels.
+    """
     return float(_factors(video, reference, 1))
 
 
 def ms_ssim(video: Tensor, reference: Tensor) -> float:
     """Returns the multi-scale SSIM over up to five scales; an 11-pixel window must fit into a frame at each scale.
 
-    The weights of these scales are normalised to sum to 1.
+    The weights of these scales are normalised to sum to 1. Raises ValueError as `ssim` does.
     """
     scales = max(1, min(len(_MS_WEIGHTS), (min(video.shape[-2:]) // 11).bit_length()))
     weights = torch.tensor(_MS_WEIGHTS[:scales], dtype=torch.float64)
@@ -62,7 +68,7 @@ def _factors(video: Tensor, reference: Tensor, scales: int) -> Tensor:
 def flicker(video: Tensor) -> float:
     """Returns the mean absolute second difference over time, in units of 1/255.
 
-    If a pixel changes at a constant rate, its second difference is 0.
+    If a pixel changes at a constant rate, its second difference is 0. Flicker is 0 for fewer than three frames.
     """
     return float((_unit(video).diff(n=2, dim=1).abs().mean()) * 255) if video.shape[1] > 2 else 0.0
 

@@ -31,6 +31,7 @@ from wanfast.runtime.engine import pixels
 from wanfast.runtime.facts.choices import MagCacheRule
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import magcache_json
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.curves import curve_of
 
@@ -91,7 +92,7 @@ def ways(full: Plan, judge: Judge) -> list[SkippingWay]:
 def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
     """Makes videos from one held-out scene, and returns a row of metrics for each video.
 
-    The first row is for the video without skipping. Each other row is for one `SkippingWay` to skip.
+    The first row is for the video without skipping. Each other row is for one `SkippingWay`.
     """
     scene, truth = judge.held_out(index)
     full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))
@@ -124,13 +125,13 @@ def _key(plan: Plan) -> tuple[object, ...]:
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
     """Returns rows of metrics; each metric is averaged over all held-out scenes.
 
-    The first row is for the videos without skipping. Each other row is for one `SkippingWay` to skip.
+    The first row is for the videos without skipping. Each other row is for one `SkippingWay`.
     """
     full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
     found: list[dict[str, Any]] = []
     for number, way in enumerate((None, *ways(full, judge))):
         rows = [result[number] for result in results]
-        plan = (way and way.plan.magcache_json()) or {"skipped_forwards": 0, "skipped_share": 0.0}
+        plan = (way and magcache_json(way.plan)) or {"skipped_forwards": 0, "skipped_share": 0.0}
         compared = [row["psnr_unskipped"] for row in rows if row["psnr_unskipped"] is not None]
         found.append(
             {
@@ -184,7 +185,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="JSON file; a PNG file with the plot is written beside it"
+    )
     options = parser.parse_args()
     require_plotting(parser, options.output)
     spec = model_files.locate("tiny", "artifacts").spec

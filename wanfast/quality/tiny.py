@@ -4,9 +4,9 @@ Pairs of image and prompt go through the pipeline that `wanfast generate` runs. 
 shape: a combination of shape, colour and motion that training never shows. The other prompts ask for a motion of the
 camera over a held-out photograph. Each video is compared with the true clip, and the video's motion is classified: a
 tracker follows the shape, and registration of the frames follows the camera. Runs with an empty prompt are a control:
-without the prompt the motion is right only by chance. In some runs, the model also gets the clip's last
-frame, which the video reaches or misses. The VAE is measured on the true clips. The command writes JSON and a plot of
-the residuals' magnitude ratios.
+without the prompt the motion is right only by chance. In some runs, the model also gets the clip's last frame, and the
+figures say how many videos reach this frame. The VAE is measured on the true clips. The command writes JSON and a plot
+of the ratios of residual norms from step to step.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import pixels
+from wanfast.runtime.engine.loading import load_models
 from wanfast.runtime.engine.pipeline import VideoPipeline
-from wanfast.runtime.engine.session import load_models
 from wanfast.runtime.facts.choices import Branch, Scheme
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer
@@ -304,7 +304,7 @@ def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float)
 
 
 def _figures(results: list[dict[str, Any]], motions: list[str], settings: Settings) -> dict[str, Any]:
-    """Returns one judge's figures; `motions` are those that it can tell apart."""
+    """Returns the figures of one kind of videos; `motions` are the motions from which its classifier chooses."""
     last = [r for r in results if r["with_last"]]
     prompted = [r for r in results if r["with_prompt"] and not r["with_last"]]
     empty = [r for r in results if not r["with_prompt"]]
@@ -340,7 +340,8 @@ def _figures(results: list[dict[str, Any]], motions: list[str], settings: Settin
 def figures_of_last(psnrs: list[float]) -> dict[str, Any]:
     """Returns how near videos came to their given last frames.
 
-    `psnrs`: for each video, the PSNR of the video's last frame, compared with the given last frame.
+    `psnrs`: for each video, the PSNR in dB of the video's last frame, compared with the given last frame. A video
+    reaches the given frame if this PSNR is 25 or more.
     """
     return {
         "last_frame_psnr": round(float(np.mean(psnrs)), 3),
@@ -363,7 +364,11 @@ def plot(summary: dict[str, Any], boundary: float, file: Path) -> None:
         ("low-noise expert", points[:, 0] < boundary * 1000),
     ):
         axes.plot(np.flatnonzero(chosen) + 1, points[chosen, 1], marker=".", label=name)
-    axes.set(xlabel="step", ylabel="residual norm / that of the step before", title="tiny: residual magnitude ratios")
+    axes.set(
+        xlabel="step",
+        ylabel="residual norm / residual norm of the step before",
+        title="tiny: residual magnitude ratios",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=110)
@@ -383,11 +388,18 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--guidance", type=float, default=None, help="for both experts; the model's own by default")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=None,
+        help="guidance scale of both experts; by default the high-noise expert's in the model",
+    )
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--quantize", choices=get_args(Scheme), help="quantize the experts by this scheme")
-    parser.add_argument("--photographs", help="the pack of `python -m training.photographs`; without, only shapes")
-    parser.add_argument("--side", type=int, default=SIZE, help="pixels of the square videos")
+    parser.add_argument(
+        "--photographs", help="the zip file of `python -m training.photographs`; without it, only shapes are used"
+    )
+    parser.add_argument("--side", type=int, default=SIZE, help="width and height of the videos in pixels")
     parser.add_argument("--frames", type=int, default=FRAMES)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--processes", type=int, default=2)
@@ -432,9 +444,11 @@ def movers_of(settings: Settings) -> tuple[Mover, ...]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--empty", type=int, default=25, help="pairs that also run with an empty prompt")
-    parser.add_argument("--last", type=int, default=25, help="pairs that also run with their last frame given")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
+    parser.add_argument("--empty", type=int, default=25, help="number of pairs that also run with an empty prompt")
+    parser.add_argument("--last", type=int, default=25, help="number of pairs that also run with the last frame given")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="JSON file; a PNG file with the plot is written beside it"
+    )
     options = parser.parse_args()
     require_plotting(parser, options.output)
     settings = settings_of(parser, options)

@@ -1,10 +1,10 @@
 """Finds which known motion a video shows, by tracking a shape of known colour through the frames.
 
-In each frame, a soft mask says how much each pixel belongs to the shape. For this, the pixel's colour is compared with
-the shape's colour, lit or shaded. The mask gives the shape's centre, its size, and its rotation since the previous
-frame. The rotation is the angle that best aligns the polar profiles of the two frames' masks. `motions.MOTIONS` holds
-the centre, size and rotation of each known motion over time. The result is the known motion that is nearest to the
-tracked path.
+In each frame, a soft mask says how much each pixel belongs to the shape. A pixel's value in the mask depends on how
+near the pixel's colour is to the shape's colour, lit or shaded. The mask gives the shape's centre, size, and rotation
+since the previous frame. The rotation is the angle that best aligns the polar profiles of the two frames' masks.
+`motions.MOTIONS` holds the centre, size and rotation of each known motion over time. The result is the known motion
+that is nearest to the tracked path.
 Limit: the tracker follows one shape of one colour, and no background may have this colour.
 """
 

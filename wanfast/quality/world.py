@@ -7,9 +7,9 @@ motion. So any frame, or any window of a frame, can be rendered alone.
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas. Places are (x, y) in units of the frame's short side;
 the frame's centre is (0.5, 0.5).
-A tenth of all (shape, colour, motion) combinations is held out. A held-out clip shows a motion that training never
-shows for a subject of this shape and colour. Bystanders stand still, may have any combination of shape and colour, and
-are named in no caption.
+About a tenth of all (shape, colour, motion) combinations is held out. A held-out clip shows a motion that training
+never shows for a subject of this shape and colour. Bystanders stand still, may have any combination of shape and
+colour, and are named in no caption.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _BACKGROUND_COLOURS = (
 
 @dataclass(frozen=True)
 class Thing:
-    """Describes one shape of a scene."""
+    """Describes one shape of a scene: its look, and its place in the first frame."""
 
     shape: str
     colour: str
@@ -106,7 +106,8 @@ def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15)
     """Returns the scene of `seed`.
 
     If `held_out` is true, the scene's combination of shape, colour and motion is held out of training. Otherwise
-    training may show this combination.
+    training may show this combination. `camera_share` says in about what share of all scenes the caption also names a
+    motion of the camera; the subject then stands still.
     """
     rng = random.Random(f"{seed}/{held_out}")
     while True:

@@ -18,7 +18,9 @@ from wanfast.server.worker import Worker
 MOST_STREAMS = 64  # of one server; each of them asks the database again and again
 MOST_OF_A_KEY = 16  # of these streams, so that one client leaves some to the others
 MOST_VIDEOS = 50  # of each kind: not ended, and ended
-LOOK_S = 0.3  # between two looks at the database
+# Between two looks at the database. A signal inside this process cannot replace them, because servers that share the
+# database change its jobs too.
+LOOK_S = 0.3
 _BEAT_S = 15.0  # an empty line after this time without a change shows that the connection lives
 
 

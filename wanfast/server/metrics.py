@@ -61,7 +61,7 @@ class _Now(Collector):
         self._store, self._has_gpus = store, has_gpus
 
     def describe(self) -> Iterator[Metric]:
-        """Returns no metrics, so that a registration asks neither the database nor the driver."""
+        """Returns no metrics, so that registering this collector queries neither the database nor the GPU driver."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:

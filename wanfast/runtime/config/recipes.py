@@ -35,10 +35,9 @@ class Recipe:
     num_images: int = 0  # that its noise levels or weights are for; 0: any number
 
     def given(self, options: Options) -> dict[str, Any]:
-        """Returns the recipe's options for a run with these `options`.
+        """Returns the options that this recipe sets in a run whose other options are `options`.
 
-        `options` may contain `num_gpus` and `nnodes`. If the run has one rank, the recipe's options for several ranks
-        are left out.
+        If `num_gpus` and `nnodes` in `options` give one rank, the recipe's options for several ranks are left out.
         """
         ranks = (options.get("num_gpus") or 1, options.get("nnodes") or 1)
         return {**self.options, **({} if ranks == (1, 1) else self.of_several_ranks)}

@@ -348,6 +348,11 @@ class VideoConfig(Part):
         """Returns the prompt of each clip, in order."""
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Returns (prompt, negative prompt) of each clip, in order."""
+        return [(prompt, self.negative_prompt) for prompt in self.prompts]
+
     def clips(self) -> list[VideoConfig]:
         """Returns the config of each clip, in order: the seeds of the clips are `seed`, `seed` + 1, and so on."""
         return [replace(self, prompt=prompt, seed=self.seed + index) for index, prompt in enumerate(self.prompts)]

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from wanfast.runtime.distributed.collectives import all_gather
 from wanfast.runtime.models.attention import Fp8Projections, Projections
-from wanfast.runtime.models.attention_fp8 import FP8, Fp8Heads, fp8_attention
+from wanfast.runtime.models.attention_fp8 import Fp8Heads, fp8_attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
-from wanfast.runtime.models.tokens import packed
+from wanfast.runtime.models.tokens import FP8, packed
 
 
 @dataclass(frozen=True)

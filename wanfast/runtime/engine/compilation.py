@@ -36,9 +36,9 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Attention, CompileMode
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.machine.packages import version_of
-from wanfast.runtime.models.attention_fp8 import can_rotate
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.fused import make_operators
+from wanfast.runtime.models.hadamard import can_rotate
 from wanfast.runtime.store.artifacts import Artifact, ArtifactStore, note, noting
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.sharing import who_can_write

@@ -6,10 +6,11 @@ with this text can use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,11 +21,10 @@ from wanfast.runtime.device.finite import all_finite
 from wanfast.runtime.device.hardware import describe, free_memory
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine.finite import require_finite
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, foreign
-from wanfast.runtime.facts.choices import Precision
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
+from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.store.artifacts import ArtifactStore, note
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.model_files import ModelFiles
@@ -32,11 +32,20 @@ from wanfast.runtime.weights.builders import build_umt5
 
 KIND = "prompt_embeds"
 _FILE = "embeds.safetensors"
+_AT_ONCE = 32  # texts whose new embeddings are in memory before they are stored
 _CODE = (
     "runtime/models/umt5.py", "runtime/media/tokenizer.py", "runtime/weights/builders.py",
     "runtime/weights/checkpoint.py", "runtime/weights/key_maps.py", "runtime/device/hardware.py",
     "runtime/engine/prompt_embeds.py",
 )  # fmt: skip
+
+
+class Encoded(NamedTuple):
+    """This class holds the result of `prompt_embeds`."""
+
+    embeds: dict[str, Tensor]  # {text: embedding [n, text_dim]} on the CPU; n is the text's number of tokens
+    unstored: set[str]  # those texts of `embeds` that could not be stored
+    not_finite: list[str]  # the texts whose embeddings hold NaN or an infinity; these are neither returned nor stored
 
 
 def prompt_embeds(
@@ -46,11 +55,13 @@ def prompt_embeds(
     ranks: Ranks,
     loads: Stopwatch,
     before_load: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
-    """Returns {text: embedding [n, text_dim]} on the CPU of every rank; n is the text's number of tokens.
+    most: int | None = None,
+) -> Encoded:
+    """Stores the embeddings of all `texts`; returns on every rank those of the first `most` texts, or of all.
 
-    Texts whose embeddings are not stored are distributed over the ranks, encoded and stored. A rank that must encode
-    texts calls `before_load`, loads UMT5, adds the seconds of loading to `loads`, and frees UMT5 afterwards. With
+    If embeddings cannot be stored, they are returned too, wherever their texts stand. Texts whose embeddings are not
+    stored are distributed over the ranks, encoded in order and stored, a few at a time. A rank that must encode texts
+    calls `before_load`, loads UMT5 once, adds the seconds of loading to `loads`, and frees UMT5 afterwards. With
     `--t5-fsdp on`, each rank holds a share of UMT5, and all ranks encode all texts together.
     """
     store = ArtifactStore(Path(config.models.artifacts_dir))
@@ -58,64 +69,81 @@ def prompt_embeds(
     tokens = {text: tokenizer.encode(text) for text in texts}
     ranks.together(lambda: _check_ids(tokens.values(), files))
     inputs = {text: _inputs(tokens[text], files, config) for text in tokens}
-    stored = ranks.lead(lambda: _stored(store, inputs))
-    known = {text: embeds for text, embeds in stored.items() if all_finite(embeds)}
-    unknown = {text: tokens[text] for text in tokens if text not in known}
-    if not unknown:
-        return known
-    if config.ranks.t5_fsdp == "on":
-        encoded = _encode(unknown, files, config.models.precision, ranks, loads, before_load, sharded=True)
-    else:
-        own = dict(list(unknown.items())[ranks.rank :: ranks.size])
-        parts = ranks.gather(
-            ranks.together(
-                lambda: _encode(own, files, config.models.precision, Ranks(ranks.device), loads, before_load)
-            )
-        )
-        encoded = {text: embeds for part in parts for text, embeds in part.items()}
-
-    for text, embeds in encoded.items():
-        _check(text, embeds, ranks)
-
-    def publish() -> None:
-        errors = []
-        for text, embeds in encoded.items():
-            try:
-                if text in stored:  # not finite; the store does not replace what fits its manifest
-                    store.discard(KIND, inputs[text])
-                store.publish(KIND, inputs[text], partial(_save, embeds), versions(), damaged="miss")
-            except ConfigError as error:  # an artifact that only saves time later
-                errors.append(error)
-        if errors:
-            note(f"{errors[0]}: {len(errors)} of {len(encoded)} texts are not stored; a later video encodes them again")
-
-    ranks.lead(publish)
-    return known | encoded
+    first = set(list(tokens)[:most])
+    stored, embeds = ranks.lead(lambda: _stored(store, inputs, first))
+    unstored: set[str] = set()
+    not_finite: list[str] = []
+    errors: list[ConfigError] = []  # on the leader
+    unknown = {text: tokens[text] for text in tokens if not stored.get(text)}
+    for encoded in _encoded(unknown, files, config, ranks, loads, before_load):
+        finite = {text: tensor for text, tensor in encoded.items() if all_finite(tensor)}
+        not_finite += [text for text in encoded if text not in finite]
+        failed = ranks.lead(partial(_publish, store, finite, inputs, stored, errors))
+        unstored |= failed
+        embeds |= {text: tensor for text, tensor in finite.items() if text in first or text in failed}
+    if errors:
+        note(f"{errors[0]}: {len(errors)} of {len(unknown)} texts are not stored; a later video encodes them again")
+    return Encoded(embeds, unstored, not_finite)
 
 
-@torch.inference_mode()
-def _encode(
+def _encoded(
     tokens: dict[str, TokenizedPrompt],
     files: ModelFiles,
-    precision: Precision,
+    config: EffectiveConfig,
     ranks: Ranks,
     loads: Stopwatch,
     before_load: Callable[[], None],
-    *,
-    sharded: bool = False,
-) -> dict[str, Tensor]:
-    if not tokens:
-        return {}
-    before_load()
-    with loads.span("umt5"):
-        umt5 = build_umt5(files, precision, ranks, sharded=sharded)
-    device = ranks.device
-    encoded = {
-        text: umt5(torch.tensor([prompt.ids], device=device))[0].cpu().contiguous() for text, prompt in tokens.items()
+) -> Iterator[dict[str, Tensor]]:
+    """Yields on all ranks the embeddings of the next few texts."""
+    sharded = config.ranks.t5_fsdp == "on"
+
+    @functools.cache
+    def umt5() -> UMT5Encoder:
+        before_load()
+        with loads.span("umt5"):
+            group = ranks if sharded else Ranks(ranks.device)
+            return build_umt5(files, config.models.precision, group, sharded=sharded)
+
+    texts = list(tokens)
+    for start in range(0, len(texts), _AT_ONCE):
+        part = texts[start : start + _AT_ONCE]
+        if sharded:
+            yield _encode({text: tokens[text] for text in part}, umt5, ranks.device)
+        else:
+            own = {text: tokens[text] for text in part[ranks.rank :: ranks.size]}
+            parts = ranks.gather(ranks.together(partial(_encode, own, umt5, ranks.device)))
+            yield {text: embeds for each in parts for text, embeds in each.items()}
+    if umt5.cache_info().currsize:
+        umt5.cache_clear()
+        free_memory(ranks.device)  # 11 GB in blocks of UMT5's sizes, which the experts cannot reuse
+
+
+@torch.inference_mode()
+def _encode(tokens: dict[str, TokenizedPrompt], umt5: Callable[[], UMT5Encoder], device: str) -> dict[str, Tensor]:
+    """Returns the embeddings of texts. `umt5` loads UMT5 at its first call, so it is called only for a text."""
+    return {
+        text: umt5()(torch.tensor([prompt.ids], device=device))[0].cpu().contiguous() for text, prompt in tokens.items()
     }
-    del umt5
-    free_memory(device)  # 11 GB in blocks of UMT5's sizes, which the experts cannot reuse
-    return encoded
+
+
+def _publish(
+    store: ArtifactStore,
+    encoded: dict[str, Tensor],
+    inputs: dict[str, dict[str, Any]],
+    stored: dict[str, bool],
+    errors: list[ConfigError],
+) -> set[str]:
+    """Stores embeddings; returns the texts that could not be stored, and adds their errors to `errors`."""
+    failed = set()
+    for text, embeds in encoded.items():
+        try:
+            if text in stored:  # not finite; the store does not replace what fits its manifest
+                store.discard(KIND, inputs[text])
+            store.publish(KIND, inputs[text], partial(_save, embeds), versions(), damaged="miss")
+        except ConfigError as error:  # an artifact that only saves time later
+            failed.add(text)
+            errors.append(error)
+    return failed
 
 
 def _check_ids(tokens: Iterable[TokenizedPrompt], files: ModelFiles) -> None:
@@ -128,20 +156,27 @@ def _check_ids(tokens: Iterable[TokenizedPrompt], files: ModelFiles) -> None:
         )
 
 
-def _check(text: str, embeds: Tensor, ranks: Ranks) -> None:
-    """Raises NotFiniteError on all ranks if an embedding is not finite; every rank holds the same."""
-    if not all_finite(embeds):
-        ranks.together(lambda: require_finite(f"UMT5's embedding of the text {text!r:.60}", finite=False))
-
-
 def _save(embeds: Tensor, folder: Path) -> None:
     save_file({"embeds": embeds}, folder / _FILE)
 
 
-def _stored(store: ArtifactStore, inputs: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
-    """Returns the embeddings of the stored texts. A damaged artifact is a cache miss, because a text takes seconds."""
-    folders = {text: store.find(KIND, inputs[text], verify=True, damaged="miss") for text in inputs}
-    return {text: _load(folder) for text, folder in folders.items() if folder is not None}
+def _stored(
+    store: ArtifactStore, inputs: dict[str, dict[str, Any]], first: set[str]
+) -> tuple[dict[str, bool], dict[str, Tensor]]:
+    """Returns {stored text: whether its embedding is finite}, and the finite embeddings of the `first` texts.
+
+    A damaged artifact is a cache miss, because a text takes seconds.
+    """
+    is_finite, embeds = {}, {}
+    for text in inputs:
+        folder = store.find(KIND, inputs[text], verify=True, damaged="miss")
+        if folder is None:
+            continue
+        found = _load(folder)
+        is_finite[text] = bool(all_finite(found))
+        if is_finite[text] and text in first:
+            embeds[text] = found
+    return is_finite, embeds
 
 
 def _load(folder: Path) -> Tensor:

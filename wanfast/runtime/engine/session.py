@@ -1,12 +1,12 @@
 """A session holds the loaded models of one rank, and makes any number of videos with them.
 
     session = Session.open(config, ranks)   # prepares the process, finds the files, chooses the attention kernel
-    session.encode(texts)                   # loads and frees UMT5 before the experts need its memory
+    session.encode(clips)                   # loads and frees UMT5 before the experts need its memory
     session.make(job)                       # the first call loads the experts and the VAE
     session.close()
 
 All ranks of a rank group call the same methods in the same order. Only the leader reads images and gets frames.
-The docstring of `load_models` lists the steps in which a model is loaded.
+`loading` builds the models, and lists the steps in which a model is loaded.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,42 +29,32 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import attention_probe, cudnn_engines, pixels
 from wanfast.runtime.engine.compilation import (
     cache_inputs,
-    compile_blocks,
     compiled_anew,
-    compiler_imported_meanwhile,
     load_caches,
 )
 from wanfast.runtime.engine.denoise import StepFn
-from wanfast.runtime.engine.fp8_attention import Fp8Attention
-from wanfast.runtime.engine.lossy_attention import LossyAttention
+from wanfast.runtime.engine.finite import require_finite
+from wanfast.runtime.engine.held_texts import HeldTexts
+from wanfast.runtime.engine.loading import load_models, replace_loras, stored_experts
 from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.pixels import Frame, Frames, FramesFn
-from wanfast.runtime.engine.prompt_embeds import prompt_embeds
-from wanfast.runtime.engine.sparse_attention import SparseAttention
+from wanfast.runtime.engine.prompt_embeds import Encoded, prompt_embeds
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import EXPERTS, Attention, Branch, Expert
+from wanfast.runtime.facts.choices import BRANCHES, Attention, Branch, Expert
 from wanfast.runtime.media import earlier_video, images
 from wanfast.runtime.media.images import LoadedImage
-from wanfast.runtime.models.attention import attention_by
-from wanfast.runtime.models.attention_kernels import AttentionFn
-from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.job import Job
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.magcache import StepCache
 from wanfast.runtime.store import model_files
-from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.artifacts import ArtifactStore, key_of
 from wanfast.runtime.store.attention_plans import densities_of
 from wanfast.runtime.store.curves import curve_of
-from wanfast.runtime.store.expert_files import identified
-from wanfast.runtime.store.loras import inputs_of, loras_of
 from wanfast.runtime.store.model_files import COMPONENTS, Component, ModelFiles
-from wanfast.runtime.store.quantized import QuantizedExpert, quantized_expert, shards
-from wanfast.runtime.weights.builders import DTYPES, build_expert, build_vae, refill_expert
-from wanfast.runtime.weights.checkpoint import MergeFn
-from wanfast.runtime.weights.experts import Experts, OffloadedExperts, ResidentExperts
-from wanfast.runtime.weights.lora import merge_of
+from wanfast.runtime.store.quantized import shards
 
-_KEPT_TEXTS = 32  # embeddings that a session keeps, 8 MB each at most; the store has the others
+Sources = dict[str, LoadedImage]  # the decoded images of one video, by their paths, on the leader
 
 
 @dataclass(frozen=True)
@@ -86,9 +77,10 @@ class Session:
         self.config, self.ranks, self.files = config, ranks, files
         self.watch = Stopwatch(ranks.device)  # seconds of each stage since the last video
         self._loads = Stopwatch(ranks.device)  # seconds of each component since the last video
-        self._embeds: dict[str, Tensor] = {}
+        self._texts = HeldTexts(self._embeddings)
         self._pipeline: VideoPipeline | None = None
         self._stored: dict[str, Path] = {}  # the artifacts of loaded quantized experts
+        self._compile_caches: dict[str, str | None] = {}  # what `load_caches` returned, by the key that it looked for
 
     @classmethod
     def open(cls, config: EffectiveConfig, ranks: Ranks) -> Session:
@@ -99,18 +91,13 @@ class Session:
         return cls(config, ranks, files)
 
     @hardware.one_out_of_memory_error()
-    def encode(self, texts: Iterable[str]) -> None:
-        """Makes the embeddings of `texts`; loads UMT5 only for texts whose embeddings are not stored."""
-        wanted = list(dict.fromkeys(texts))
-        new = [text for text in wanted if text not in self._embeds]
-        if new:
-            with self.watch.span("text"):
-                found = prompt_embeds(new, self.files, self.config, self.ranks, self._loads, self._free_for_umt5)
-            self._embeds |= found
-        used = {text: self._embeds.pop(text) for text in wanted}
-        self._embeds |= used  # the last used come last
-        for text in list(self._embeds)[: -max(_KEPT_TEXTS, len(used))]:
-            del self._embeds[text]
+    def encode(self, clips: Iterable[tuple[str, ...]]) -> None:
+        """Makes the embeddings of the texts of each clip of a list, in the order in which the clips will be made.
+
+        Loads UMT5 only for texts whose embeddings are not stored. The next clips' embeddings are held in memory. If
+        an embedding is not finite, raises NotFiniteError on all ranks, after the others are made.
+        """
+        self._require_finite(self._texts.expect(clips))
 
     @hardware.one_out_of_memory_error()
     def load(self, before_each: Callable[[], None] = lambda: None) -> VideoPipeline:
@@ -122,7 +109,7 @@ class Session:
         if self._pipeline is None:
             with self.watch.span("load"):
                 self._pipeline = load_models(self.files, self.config, self.ranks, self._loads, before_each)
-            self._stored = _stored_experts(self.files, self.config.models)
+            self._stored = stored_experts(self.files, self.config.models)
         return self._pipeline
 
     @hardware.one_out_of_memory_error()
@@ -137,22 +124,23 @@ class Session:
             return
         try:
             with self.watch.span("load"):
-                _merge_anew(self._pipeline.experts, old, self.files, self.config, self.ranks, self._loads)
-            self._stored = _stored_experts(self.files, models)
+                replace_loras(self._pipeline.experts, old, self.files, self.config, self.ranks, self._loads)
+            self._stored = stored_experts(self.files, models)
         except BaseException:
             self.close()
             raise
 
-    def plan(self, job: Job) -> tuple[Plan, Tensor]:
+    def plan(self, job: Job, sources: Sources | None = None) -> tuple[Plan, Tensor]:
         """Returns (the plan of `job`, the n given images [n, 3, H, W] at the plan's size).
 
-        Only the leader reads the images; on other ranks, the returned tensor is empty: [n, 3, 0, 0].
+        Only the leader reads the images; on other ranks, the returned tensor is empty: [n, 3, 0, 0]. The leader adds
+        what it decodes to `sources`, and does not decode again what is there.
         """
         pipeline, ranks = self.load(), self.ranks
         read: list[LoadedImage] = []
 
         def read_here() -> tuple[int, int]:
-            read.extend(_read_images(job.config.video))
+            read.extend(_read_images(job.config.video, {} if sources is None else sources))
             return read[0].size if read else (0, 0)
 
         size = ranks.lead(read_here)
@@ -172,9 +160,10 @@ class Session:
 
         The branches are "prompt" and "negative_prompt". n is the number of tokens of the branch's text.
         """
-        (prompt,), negative_prompt = config.video.prompts, config.video.negative_prompt
-        self.encode((prompt, negative_prompt))
-        return {"prompt": self._embeds[prompt], "negative_prompt": self._embeds[negative_prompt]}
+        (texts,) = config.video.texts
+        embeds = self._texts.use(texts)
+        self._require_finite({*texts} - embeds.keys())
+        return {branch: embeds[text] for branch, text in zip(BRANCHES, texts, strict=True)}
 
     @hardware.one_out_of_memory_error()
     def latent(self, plan: Plan, given: Tensor, on_step: StepFn, residuals: StepCache) -> Tensor:
@@ -193,22 +182,24 @@ class Session:
         residuals: StepCache | None = None,
         on_frames: FramesFn = lambda frames: None,
         start: Frame | None = None,
+        sources: Sources | None = None,
     ) -> Made:
         """Makes the single clip of `job`; on the leader, the result contains the frames.
 
         If the leader has a frame `start`, the clip starts from this frame instead of the job's image.
         `on_step(done, expert)` is called before and after each step, where `done` is the number of finished steps. The
         leader calls `on_frames` with a few frames at a time, while the next frames are decoded. `residuals` is the
-        cache that decides which forwards are skipped; if it is None, the plan decides. Raises WanFastError, and
-        torch.OutOfMemoryError if the device has too little memory.
+        cache that decides which forwards are skipped; if it is None, the plan decides. The clips of one video share
+        `sources`, so that each image is decoded once. Raises WanFastError, and torch.OutOfMemoryError if the device
+        has too little memory.
         """
         text = self.text_of(job.config)  # before the experts need the memory
         pipeline, ranks = self.load(), self.ranks
-        plan, given = self.plan(job)
+        plan, given = self.plan(job, sources)
         if start is not None:
             given[0] = pixels.of_frame(start)
         config = plan.config
-        compile_cache = _warm_start(plan, ranks, pipeline.attention.exact) if config.models.compile else None
+        compile_cache = self._warm_start(plan, pipeline.attention.exact) if config.models.compile else None
         compiled = compiled_anew() if config.models.compile else 0
         hardware.reset_peak_memory(config.ranks.device)
         first_step = FirstStep(ranks.device)
@@ -248,9 +239,17 @@ class Session:
     def close(self) -> None:
         """Frees the models, the text embeddings and the captured graphs."""
         self._pipeline = None
-        self._embeds = {}
+        self._texts.clear()
         hardware.forget_cuda_graphs()
         hardware.free_memory(self.ranks.device)
+
+    def _embeddings(self, texts: list[str], most: int) -> Encoded:
+        with self.watch.span("text"):
+            return prompt_embeds(texts, self.files, self.config, self.ranks, self._loads, self._free_for_umt5, most)
+
+    def _require_finite(self, not_finite: set[str]) -> None:
+        for text in sorted(not_finite):
+            self.ranks.together(partial(require_finite, f"UMT5's embedding of the text {text!r:.60}", finite=False))
 
     def _free_for_umt5(self) -> None:
         """Frees memory of the experts; only a rank that is about to load UMT5 calls this."""
@@ -258,6 +257,18 @@ class Session:
             self._pipeline.experts.leave()
             umt5 = memory.umt5_bytes(self.files.spec.umt5, self.config.models.precision)
             self._pipeline.make_room(umt5 + memory.MARGIN_BYTES)
+
+    def _warm_start(self, plan: Plan, exact: Attention) -> str | None:
+        """Loads the caches that `wanfast warmup` stored for this plan and returns their key; None if there are none.
+
+        A session loads the caches of a key once, because its blocks are compiled after the first video of this key.
+        """
+        inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens, exact)
+        if (key := key_of(inputs)) not in self._compile_caches:
+            store = ArtifactStore(Path(plan.config.models.artifacts_dir))
+            is_named = is_artifacts_dir_named(plan.requested)
+            self._compile_caches[key] = load_caches(store, inputs, self.ranks, is_named=is_named)
+        return self._compile_caches[key]
 
     def _loading(self) -> dict[str, dict[str, float]]:
         """Returns the seconds and bytes of each component that was loaded; a rank group reads the bytes about once."""
@@ -302,145 +313,21 @@ class Sessions:
         self._open = None
 
 
-def load_models(
-    files: ModelFiles,
-    config: EffectiveConfig,
-    ranks: Ranks,
-    loads: Stopwatch,
-    before_each: Callable[[], None] = lambda: None,
-) -> VideoPipeline:
-    """Loads both experts and the VAE, and returns a pipeline that is ready to run.
+def _read_images(video: VideoConfig, sources: Sources) -> Iterator[LoadedImage]:
+    """Yields the given images; those that `sources` lacks are decoded and added to it.
 
-    The seconds of loading are added to `loads`, for each of these three models. Every rank calls `before_each` before
-    it loads each model. Raises WanFastError. An expert is loaded in seven steps; `build_expert` does the first five:
-
-    1. build on the meta device, so that no memory is allocated yet;
-    2. quantize: 8-bit layers replace linear layers before weights are read, so that only 8-bit weights are allocated;
-    3. shard: parameters are sharded before weights are read, so that a rank reads only its own rows;
-    4. fill the parameters from the files: each tensor is merged with its LoRAs while it is read;
-    5. fuse the projections q, k and v, unless the weights are sharded, or ranks share the tokens in every forward;
-    6. place both experts, resident or offloaded, after both are filled, because offloaded experts share one set of GPU
-       weights;
-    7. compile, last, because the compiler needs the final parameters.
+    Raises ConfigError if one cannot be read, or is not the one that was planned.
     """
-    wanted = config.models
-    dtype = DTYPES[wanted.precision]
-    choice = attention_probe.agree(wanted.attention, ranks, dtype, files.spec.dit.head_dim)
-    attend = attention_by(choice.exact)
-    lossy = lossy_attention(choice.kernel, attend, files.spec.dit.num_heads, ranks)
-    merges = ranks.together(lambda: _merges(files, wanted))
-
-    def build(expert: Expert) -> WanDiT:
-        before_each()
-        with loads.span(expert):
-            return build_expert(
-                files,
-                expert,
-                wanted.precision,
-                ranks,
-                attend=attend,
-                sharded=config.ranks.dit_fsdp == "on",
-                **_filling(files, config, expert, merges),
-            )
-
-    with compiler_imported_meanwhile(config):
-        models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
-        experts = _place(models, config, ranks)
-        before_each()
-        with loads.span("vae"):
-            decoder = wanted.vae_precision or wanted.precision
-            vae = ranks.together(lambda: build_vae(files, ranks.device, decoder))
-    if lossy:
-        for model in models.values():
-            lossy.use_in(model)
-    if wanted.compile:
-        for model in models.values():
-            compile_blocks(model, wanted.compile_mode)
-    return VideoPipeline(files.spec, experts, vae, ranks, choice, lossy)
-
-
-def lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks: Ranks) -> LossyAttention | None:
-    """Returns the object that computes self-attention by `kernel`; returns None if `kernel` is exact.
-
-    `dense` computes the calls that stay exact. `num_heads` counts the heads of all ranks.
-    """
-    if kernel == "sparse":
-        return SparseAttention(dense, num_heads, ranks)
-    return Fp8Attention(num_heads, ranks) if kernel == "fa3-fp8" else None
-
-
-def _merge_anew(
-    experts: Experts, old: ModelsConfig, files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
-) -> None:
-    """Overwrites the experts whose LoRAs are not those of the `old` models. Raises WanFastError."""
-    merges = ranks.together(lambda: _merges(files, config.models))
-    for expert in EXPERTS:
-        if inputs_of(loras_of(old), expert) != inputs_of(loras_of(config.models), expert):
-            with loads.span(expert):
-                model, held = experts.writable(expert)
-                refill_expert(model, held, files, expert, ranks, **_filling(files, config, expert, merges))
-
-
-class _Filling(TypedDict):
-    """Says how an expert's parameters are filled."""
-
-    quantized: QuantizedExpert | None
-    on_the_fly: bool
-    device: str | None
-    merge: MergeFn
-
-
-def _filling(files: ModelFiles, config: EffectiveConfig, expert: Expert, merges: dict[Expert, MergeFn]) -> _Filling:
-    return {
-        "quantized": quantized_expert(files, config.models, expert),
-        "on_the_fly": config.models.quantize_on_the_fly,
-        "device": "cpu" if config.ranks.expert_offload == "on" else None,
-        "merge": merges[expert],
-    }
-
-
-def _place(models: dict[Expert, WanDiT], config: EffectiveConfig, ranks: Ranks) -> Experts:
-    if config.ranks.expert_offload == "on":
-        return OffloadedExperts(models, ranks.device)
-    may_move = config.models.compile_mode != "max-autotune" or ranks.size == 1
-    return ResidentExperts(models, ranks.device, may_move=may_move)
-
-
-def _merges(files: ModelFiles, models: ModelsConfig) -> dict[Expert, MergeFn]:
-    """Returns for each expert the function that merges its LoRAs.
-
-    The LoRAs of both experts are checked before a weight is read, and so are the files of experts that options name.
-    """
-    if (now := identified(models)) != models:
-        option = "--lora" if now.expert_sha256 == models.expert_sha256 else "an expert"
-        raise ConfigError(f"{option}: a file changed since the plan was made: run this command again")
-    return {expert: merge_of(loras_of(models), expert, files.spec.dit) for expert in EXPERTS}
-
-
-def _stored_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:
-    """Returns the artifacts from which quantized experts are read."""
-    if models.quantize_on_the_fly:
-        return {}
-    return {name: expert.require() for name in EXPERTS if (expert := quantized_expert(files, models, name))}
-
-
-def _warm_start(plan: Plan, ranks: Ranks, exact: Attention) -> str | None:
-    """Loads the caches that `wanfast warmup` stored for this plan and returns their key; None if there are none."""
-    inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens, exact)
-    store = ArtifactStore(Path(plan.config.models.artifacts_dir))
-    return load_caches(store, inputs, ranks, is_named=is_artifacts_dir_named(plan.requested))
-
-
-def _read_images(video: VideoConfig) -> Iterator[LoadedImage]:
-    """Yields the given images. Raises ConfigError if one cannot be read, or is not the one that was planned."""
     planned = {
         "--image": video.image_sha256,
         earlier_video.OPTION: video.continue_from_sha256,
         "--last-image": video.last_image_sha256,
     }
     for option, path in video.images.items():
-        is_video = option == earlier_video.OPTION
-        image = earlier_video.load_earlier(path) if is_video else images.load_image(path, option)
+        if (image := sources.get(path)) is None:
+            is_video = option == earlier_video.OPTION
+            image = earlier_video.load_earlier(path) if is_video else images.load_image(path, option)
+            sources[path] = image
         if image.sha256 != planned[option]:
             raise ConfigError(f"{option} {path}: the file changed since the plan was made: run this command again")
         yield image

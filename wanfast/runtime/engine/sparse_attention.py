@@ -29,12 +29,12 @@ from wanfast.runtime.facts.choices import Branch, Expert
 from wanfast.runtime.facts.sparsity import BLOCK, BRICK, Sparsity
 from wanfast.runtime.models.attention import HeadOrder
 from wanfast.runtime.models.attention_check import errors_by_length, fp8_errors, sampled_errors
+from wanfast.runtime.models.attention_fp8 import attention_in_fp8
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.attention_router import block_lists, block_order
 from wanfast.runtime.models.block_sparse import BlockLists, listed_attention
 from wanfast.runtime.models.bricks import TokenOrder, brick_order
 from wanfast.runtime.models.dit import SelfAttention, WanDiT
-from wanfast.runtime.models.fused import attention_in_fp8
 from wanfast.runtime.models.lossy import lossy_attention
 from wanfast.runtime.planning.plan import Plan
 

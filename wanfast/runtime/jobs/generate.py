@@ -17,12 +17,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from wanfast.runtime.engine.pixels import Frame, Frames
-from wanfast.runtime.engine.session import Made, Session, Sessions
+from wanfast.runtime.engine.session import Made, Session, Sessions, Sources
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.jobs.loop import FrameFileFn, Result, by_step, run_jobs
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
-from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.job import Job
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.progress import ProgressFn, StageFn, stage_of_clip
 from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store.artifacts import writing_to
@@ -54,11 +55,13 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
     """
     with _recording(job, frames_of(index)) as recording:
         joined = Joined(recording.add)
-        if earlier := job.config.video.continue_from:
+        if earlier := job.config.video.continue_from:  # decoded again for its image, because all frames fill memory
             session.ranks.lead(lambda: joined.begin_with(earlier_frames(earlier)))
-        clips = job.clips()
+        clips, sources = job.clips(), Sources()
         made = [
-            _make_clip(clip, session, partial(progress, index), joined, partial(stage_of_clip, number, len(clips)))
+            _make_clip(
+                clip, session, partial(progress, index), joined, sources, partial(stage_of_clip, number, len(clips))
+            )
             for number, clip in enumerate(clips, 1)
         ]
         return session.ranks.lead(lambda: recording.finish(_document(_plan_of(job, made), made)))
@@ -76,6 +79,7 @@ def _make_clip(
     session: Session,
     progress: StageFn,
     joined: Joined,
+    sources: Sources,
     stage_of: Callable[[str], str],
 ) -> Made:
     def report(stage: str, done: int, total: int) -> None:
@@ -84,7 +88,7 @@ def _make_clip(
     steps = job.config.video.num_steps
     report(_FIRST_STAGE[len(job.config.video.images)], 0, steps)
     start = joined.begin_clip()
-    made = session.make(job, by_step(report, steps), on_frames=joined.add, start=start)
+    made = session.make(job, by_step(report, steps), on_frames=joined.add, start=start, sources=sources)
     return dataclasses.replace(made, frames=None)  # they are written already
 
 

@@ -33,7 +33,7 @@ from wanfast.runtime.errors import (
     failure,
 )
 from wanfast.runtime.facts.choices import Expert
-from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.progress import LOADING, ProgressFn, StageFn
 from wanfast.runtime.planning.share import MOST_LOADS, Share
 
@@ -118,7 +118,7 @@ def _loaded(
     try:
         loading()
         session = sessions.of(config)
-        _encode(session, [jobs[own].config.video for own in {index, *share.own(list(jobs))}])
+        _encode(session, [jobs[own].config.video for own in dict.fromkeys((index, *share.own(list(jobs))))])
         session.load(loading)
         return session
     except CancelledError as error:  # models that are loaded stay
@@ -137,7 +137,7 @@ def _loaded(
 def _encode(session: Session, videos: list[VideoConfig]) -> None:
     """Encodes the texts of videos. If they are several, an error of one is left to its job, which encodes it again."""
     try:
-        session.encode(text for video in videos for text in (*video.prompts, video.negative_prompt))
+        session.encode(texts for video in videos for texts in video.texts)
     except NotFiniteError as error:
         if len(videos) == 1 or not (error.is_agreed or session.ranks.size == 1):
             raise

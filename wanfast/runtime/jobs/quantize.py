@@ -29,7 +29,7 @@ from wanfast.runtime.facts.memory import gb
 from wanfast.runtime.machine import packages
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.quantized import dequantize
-from wanfast.runtime.planning.plan import default_device
+from wanfast.runtime.planning.devices import default_device
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore, write_synced
 from wanfast.runtime.store.json_files import read_object

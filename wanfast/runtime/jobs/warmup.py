@@ -33,7 +33,8 @@ from wanfast.runtime.engine.compilation import (
     load_caches,
     save_caches,
 )
-from wanfast.runtime.engine.session import Sessions, lossy_attention
+from wanfast.runtime.engine.loading import lossy_attention
+from wanfast.runtime.engine.session import Sessions
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.facts.choices import BRANCHES, Attention
 from wanfast.runtime.facts.model_spec import DiTSpec
@@ -45,7 +46,9 @@ from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.bricks import RASTER
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
-from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.job import Job
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import plan_json
 from wanfast.runtime.planning.progress import ProgressFn
 from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store import model_files
@@ -98,7 +101,7 @@ def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, 
     _forward(plan, ranks, watch, choice.exact)
     saved = save_caches(store, inputs, ranks)
     shape = ("width", "height", "frames", "tokens", "precision", "quantize", "attention", "compile", "device", "mesh")
-    return {name: value for name, value in plan.to_json().items() if name in shape} | {
+    return {name: value for name, value in plan_json(plan).items() if name in shape} | {
         "output": str(saved.folder),
         "requested": job.requested,
         "versions": packages.versions(),

@@ -19,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from wanfast.runtime.models.fused import attention_in_fp8
+from wanfast.runtime.models.attention_fp8 import attention_in_fp8
 
 _TINIEST = 1e-30  # so that an output of zeros has an error
 

@@ -27,10 +27,11 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.runtime.models.attention_kernels import is_importable
+from wanfast.runtime.models.fused import heads_to_fp8
+from wanfast.runtime.models.hadamard import can_rotate, hadamard_rotated
 from wanfast.runtime.models.operators import opaque
-from wanfast.runtime.models.tokens import LARGEST
+from wanfast.runtime.models.tokens import FP8, LARGEST
 
-FP8 = torch.float8_e4m3fn
 _SAMPLED = 4096  # tokens that a mean needs at least, if there are as many
 _LARGEST_P = 256.0  # FlashAttention-3 multiplies P by this, so that P uses the range of float8
 _STEP, _BITS = 32, 12  # a tensor core adds the products of 32 keys to a sum, and keeps about 12 bits of it
@@ -124,18 +125,21 @@ def scale_of(limits: Tensor) -> Tensor:
     return limits.clamp_min(_TINIEST) / LARGEST[FP8]
 
 
-def can_rotate(head_dim: int) -> bool:
-    """Returns whether this module has a Hadamard matrix of size `head_dim`; it has one for each power of two."""
-    return head_dim & (head_dim - 1) == 0
+def attention_in_fp8(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+    """Computes softmax(q k^T / sqrt(D)) v in float8, and returns it in the dtype of q.
 
-
-def hadamard_rotated(x_D: Tensor) -> Tensor:
-    """Returns x [..., D] times the orthonormal Hadamard matrix of size D; D must be a power of two."""
-    x, half = x_D, 1
-    while half < x_D.shape[-1]:
-        a, b = rearrange(x, "... (m two r) -> two ... m r", two=2, r=half)
-        x, half = torch.stack((a + b, a - b), dim=-2).flatten(-3), 2 * half
-    return x / math.sqrt(x_D.shape[-1])
+    k and v must hold all tokens of the video, and B must be 1. The scales of q and k follow from the largest norms that
+    occur in q and in k.
+    """
+    rows, hadamard = sampled_rows(0, k_BLHD.shape[1], k_BLHD.shape[1]), can_rotate(q_BLHD.shape[-1])
+    norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax((0, 1)) for x in (q_BLHD, k_BLHD)]
+    q, k, v = (x.flatten(2) for x in (q_BLHD, k_BLHD, v_BLHD))
+    found = scaling(statistics(k_BLHD[0, rows], v, rows)[None], torch.stack(norms), hadamard=hadamard)
+    q8, k8, v8 = (
+        heads_to_fp8(x, scale, centre, hadamard=hadamard and x is not v)[0]
+        for x, scale, centre in zip((q, k, v), found.scales, (None, *found[1:]), strict=True)
+    )
+    return fp8_attention(Fp8Heads(q8, k8, v8, found.scales, found.v_centre), q_BLHD.dtype)
 
 
 def fp8_attention(heads: Fp8Heads, dtype: torch.dtype) -> Tensor:

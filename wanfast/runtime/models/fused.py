@@ -20,20 +20,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from wanfast.runtime.models.attention_fp8 import (
-    FP8,
-    Fp8Heads,
-    can_rotate,
-    fp8_attention,
-    hadamard_rotated,
-    sampled_rows,
-    scaling,
-    statistics,
-)
+from wanfast.runtime.models.hadamard import hadamard_rotated
 from wanfast.runtime.models.kernels import HAS_KERNELS
 from wanfast.runtime.models.operators import opaque
 from wanfast.runtime.models.rope import RotaryTables, apply_rotary
-from wanfast.runtime.models.tokens import LARGEST, QuantizedTokens, Tokens
+from wanfast.runtime.models.tokens import FP8, LARGEST, QuantizedTokens, Tokens
 
 if HAS_KERNELS:
     from wanfast.runtime.models import fused_kernels
@@ -127,23 +118,6 @@ def heads_to_fp8(
     x = (x if centre_HD is None else x - centre_HD) / scale_H[:, None]
     rounded = x.clamp(-LARGEST[FP8], LARGEST[FP8]).to(FP8)
     return rearrange(rounded, "B L (P h) D -> P B L h D", P=parts).contiguous()
-
-
-def attention_in_fp8(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-    """Computes softmax(q k^T / sqrt(D)) v in float8, and returns it in the dtype of q; `attention_fp8` explains how.
-
-    k and v must hold all tokens of the video, and B must be 1. The scales of q and k follow from the largest norms that
-    occur in q and in k.
-    """
-    rows, hadamard = sampled_rows(0, k_BLHD.shape[1], k_BLHD.shape[1]), can_rotate(q_BLHD.shape[-1])
-    norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax((0, 1)) for x in (q_BLHD, k_BLHD)]
-    q, k, v = (x.flatten(2) for x in (q_BLHD, k_BLHD, v_BLHD))
-    found = scaling(statistics(k_BLHD[0, rows], v, rows)[None], torch.stack(norms), hadamard=hadamard)
-    q8, k8, v8 = (
-        heads_to_fp8(x, scale, centre, hadamard=hadamard and x is not v)[0]
-        for x, scale, centre in zip((q, k, v), found.scales, (None, *found[1:]), strict=True)
-    )
-    return fp8_attention(Fp8Heads(q8, k8, v8, found.scales, found.v_centre), q_BLHD.dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """This Triton kernel scores all pairs of blocks for the router, from the means of the blocks' quarters.
 
 Plain PyTorch first writes a score for each pair of quarters, 16 times as many as pairs of blocks. Then it reads these
-scores in several passes. This kernel multiplies the means of a few blocks of queries with those of a few blocks of
-keys. In registers, the kernel sums over the 16 pairs of quarters of each pair of blocks, and writes only the sum.
+scores in several passes. This kernel scores a few blocks of queries and a few blocks of keys. It multiplies one quarter
+of each of them at a time, sums over the 16 pairs of quarters in registers, and writes only the sum.
 Cost at 75,600 tokens and 40 heads: 57 GFLOP; memory: 97 MB for the means, 56 MB for the scores.
-Tensor cores do not multiply float32 values. So three products of TF32 values replace each product of float32 values,
-with nearly the same precision. With one product of TF32 values, the router would choose other blocks.
+Tensor cores do not multiply float32 values. So each mean is split into two float16 values of 11 bits, and three
+products of float16 values replace each product of float32 values. With one product, the router would choose a few other
+blocks.
+A first kernel, with Triton's own three products of TF32 values, was wrong on an H200 (LOG.md).
+Limit: means must be smaller than 65,504. The RMSNorm of 5120 channels returns at most 72 times its weight.
 
 Shapes: B batch, H heads, S quarters of blocks, D head dim, N blocks.
 """
@@ -17,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 16  # blocks of queries, and blocks of keys, of one program
+_TILE = 64  # blocks of queries, and blocks of keys, of one program
+_NONE: tl.constexpr = tl.constexpr(-1e30)  # the score of missing quarters; finite, so that nothing is inf - inf
 
 
 def choice_scores(q_BHSD: Tensor, k_BHSD: Tensor, parts: int, first_blocks: int, last_blocks: int) -> Tensor:
@@ -31,43 +35,45 @@ def choice_scores(q_BHSD: Tensor, k_BHSD: Tensor, parts: int, first_blocks: int,
     out = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q_BHSD.device)
     tiles = triton.cdiv(blocks, _TILE)
     _choice_scores[tiles, tiles, batch * heads](
-        q_BHSD, k_BHSD, out, quarters, blocks, first_blocks, last_blocks,
+        *_split(q_BHSD), *_split(k_BHSD), out, quarters, blocks, first_blocks, last_blocks,
         SCALE=head_dim**-0.5, HEAD_DIM=head_dim, LANES=max(16, triton.next_power_of_2(head_dim)), PARTS=parts,
         TILE=_TILE, num_warps=4,
     )  # fmt: skip
     return out
 
 
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the float16 values nearest to x, and those nearest to what remains of x."""
+    near = x.half()
+    return near, (x - near).half()
+
+
 @triton.jit
 def _choice_scores(
-    q_ptr, k_ptr, out_ptr, quarters, blocks, first, last,
+    q_ptr, q_rest_ptr, k_ptr, k_rest_ptr, out_ptr, quarters, blocks, first, last,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(2).to(tl.int64)
-    row, column = tl.program_id(0) * TILE, tl.program_id(1) * TILE
-    q = _means(q_ptr + head * quarters * HEAD_DIM, row * PARTS, quarters, HEAD_DIM, LANES, PARTS * TILE)
-    k = _means(k_ptr + head * quarters * HEAD_DIM, column * PARTS, quarters, HEAD_DIM, LANES, PARTS * TILE)
-    scores = tl.dot(q, k.T, input_precision="tf32x3") * SCALE
-    in_tile = tl.arange(0, PARTS * TILE)
-    exists = (row * PARTS + in_tile < quarters)[:, None] & (column * PARTS + in_tile < quarters)[None, :]
-    scores = _log_sum_exp(tl.where(exists, scores, -1e30), PARTS, TILE)  # a number, so that nothing is inf - inf
-    rows, columns = row + tl.arange(0, TILE)[:, None], column + tl.arange(0, TILE)[None, :]
-    kept = (columns < first) | (columns >= blocks - last) | (rows == columns)
-    place = (head * blocks + rows) * blocks + columns
-    tl.store(out_ptr + place, tl.where(kept, float("inf"), scores), (rows < blocks) & (columns < blocks))
-
-
-@triton.jit
-def _means(ptr, first, quarters, HEAD_DIM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
-    """Loads ROWS rows from the row `first`; zeros stand in for rows and lanes that do not exist."""
-    rows, lanes = first + tl.arange(0, ROWS)[:, None], tl.arange(0, LANES)[None, :]
-    return tl.load(ptr + rows * HEAD_DIM + lanes, (rows < quarters) & (lanes < HEAD_DIM), 0.0)
-
-
-@triton.jit
-def _log_sum_exp(scores, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """Returns the log of the sum of exp over the pairs of quarters of each pair of blocks, [TILE, TILE]."""
-    pairs = tl.permute(tl.reshape(scores, (TILE, PARTS, TILE, PARTS)), (0, 2, 1, 3))
-    pairs = tl.reshape(pairs, (TILE, TILE, PARTS * PARTS))
-    largest = tl.max(pairs, 2)
-    return largest + tl.log(tl.sum(tl.exp(pairs - largest[:, :, None]), 2))
+    in_tile, lanes = tl.arange(0, TILE), tl.arange(0, LANES)
+    rows, columns = tl.program_id(0) * TILE + in_tile, tl.program_id(1) * TILE + in_tile
+    at_head = head * quarters * HEAD_DIM
+    largest = tl.full((TILE, TILE), _NONE, tl.float32)
+    total = tl.zeros((TILE, TILE), tl.float32)  # the sum of exp(score - largest)
+    for pair in range(PARTS * PARTS):
+        of_q, of_k = rows * PARTS + pair // PARTS, columns * PARTS + pair % PARTS
+        q_at = at_head + of_q[:, None] * HEAD_DIM + lanes[None, :]
+        k_at = at_head + of_k[None, :] * HEAD_DIM + lanes[:, None]
+        q_exists = (of_q < quarters)[:, None] & (lanes < HEAD_DIM)[None, :]
+        k_exists = (of_k < quarters)[None, :] & (lanes < HEAD_DIM)[:, None]
+        q, k = tl.load(q_ptr + q_at, q_exists, 0.0), tl.load(k_ptr + k_at, k_exists, 0.0)
+        scores = tl.dot(tl.load(q_rest_ptr + q_at, q_exists, 0.0), k)
+        scores = tl.dot(q, tl.load(k_rest_ptr + k_at, k_exists, 0.0), scores)
+        scores = tl.dot(q, k, scores) * SCALE
+        scores = tl.where((of_q < quarters)[:, None] & (of_k < quarters)[None, :], scores, _NONE)
+        before, largest = largest, tl.maximum(largest, scores)
+        total = total * tl.exp(before - largest) + tl.exp(scores - largest)
+    at_row, at_column = rows[:, None], columns[None, :]
+    kept = (at_column < first) | (at_column >= blocks - last) | (at_row == at_column)
+    place = (head * blocks + at_row) * blocks + at_column
+    exists = (at_row < blocks) & (at_column < blocks)
+    tl.store(out_ptr + place, tl.where(kept, float("inf"), largest + tl.log(total)), exists)

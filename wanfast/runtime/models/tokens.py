@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest value of each 8-bit dtype
+FP8 = torch.float8_e4m3fn
+LARGEST = {torch.int8: 127.0, FP8: 448.0}  # the largest value of each 8-bit dtype
 
 
 class QuantizedTokens(NamedTuple):

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.machine import gpus
-from wanfast.runtime.planning.plan import Plan, read_guided
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import plan_json, read_guided
 from wanfast.runtime.store.artifacts import noting, replace_text, writing_to
 from wanfast.runtime.store.sharing import locked
 
@@ -56,7 +57,7 @@ def predicted_seconds(plan: Plan) -> float | None:
     The prediction uses the newest similar run in the artifacts folder. A similar run had the same model, size, frames,
     precision, attention and mesh, and the same kind of GPU.
     """
-    wanted = plan.to_json()
+    wanted = plan_json(plan)
     found = gpus.visible_gpus() if plan.config.ranks.device == "cuda" else []
     for entry in reversed(_entries(Path(plan.config.models.artifacts_dir) / _INDEX)):
         same_kernel = wanted["attention"] in ("auto", entry["attention"])

@@ -27,7 +27,9 @@ from wanfast.runtime.facts.mesh import Mesh, choose_mesh
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.facts.shapes import Geometry
 from wanfast.runtime.machine import gpus, host
-from wanfast.runtime.planning.plan import Plan, why_cpu
+from wanfast.runtime.planning.devices import why_cpu
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import magcache_json
 from wanfast.runtime.store.model_files import TRY_TINY
 
 _GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "use max-autotune-no-cudagraphs"
@@ -73,7 +75,7 @@ def place(
 
     The decisions are equal for all plans. If `free_memory` is not given, it is measured here; a caller whose ranks
     already hold models must give it. Raises ConfigError if the plans do not fit or the options cannot be met. If
-    `must_fit` is false, plans for the CPU that do not fit get a note instead of this error.
+    `must_fit` is false and the plans are for the CPU, plans that do not fit get a note, and no error is raised.
     Raises JoiningMemoryError if the host has too little memory to join the clips of a video.
     """
     asked = plans[0].config.ranks
@@ -148,7 +150,7 @@ def check_skips(plan: Plan) -> None:
             "weights together must skip the same forwards: drop --magcache-joint off, or use --dit-fsdp off or "
             "--cfg-parallel 1"
         )
-    plan.magcache_json()  # raises if a budget cannot be met
+    magcache_json(plan)  # raises if a budget cannot be met
 
 
 def needed(

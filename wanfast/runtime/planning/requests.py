@@ -22,8 +22,11 @@ from wanfast.runtime.config.skipping import spelled_out
 from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
 from wanfast.runtime.facts.choices import EXPERTS
 from wanfast.runtime.machine.packages import require_attention, require_fp8
+from wanfast.runtime.planning.effective_config import model_of
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
-from wanfast.runtime.planning.plan import Job, Plan, model_of, resolve
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.store.identity import is_old
 from wanfast.runtime.store.loras import loras_of
 from wanfast.runtime.store.model_files import ModelFiles

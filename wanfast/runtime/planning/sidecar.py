@@ -19,6 +19,7 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media import video_file
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import plan_json
 from wanfast.runtime.store.atomic import atomic_paths, not_written
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def planned(plan: Plan) -> dict[str, Any]:
     """
     return {
         "output": plan.config.output.output,
-        "plan": plan.to_json(),
+        "plan": plan_json(plan),
         "requested": dict(plan.requested),
         "effective": plan.config.to_json(),
         "seconds": {},

@@ -28,9 +28,12 @@ from wanfast.runtime.machine.launchers import refuse_launchers
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning import sidecar
+from wanfast.runtime.planning.effective_config import effective, model_of
+from wanfast.runtime.planning.image_inputs import earlier_facts
 from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure, place
-from wanfast.runtime.planning.plan import Plan, earlier_facts, effective, model_of, resolve
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.progress import StageFn
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.processes.run_folder import new_run_folder
 from wanfast.runtime.store.lora_pairs import is_distilled

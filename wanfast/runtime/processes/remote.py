@@ -21,7 +21,7 @@ from typing import Any
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure
 from wanfast.runtime.machine.host import THREADS
-from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.progress import LOADING, Progress
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.processes.run_folder import new_run_folder

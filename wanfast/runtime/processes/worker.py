@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import CancelledError, ConfigError, WanFastError, failure
 from wanfast.runtime.machine.signals import FIRST_BATCH
-from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.share import Share
 from wanfast.runtime.processes import claims
 from wanfast.runtime.processes.run_folder import (

@@ -1,0 +1,75 @@
+"""Holds in host memory the text embeddings that the next videos of a list need, whatever the length of the list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import chain
+
+from torch import Tensor
+
+from wanfast.runtime.engine.prompt_embeds import Encoded
+
+MOST = 32  # embeddings that are held, 8 MB each at most; the store has the others
+
+
+class HeldTexts:
+    """This class holds up to MOST embeddings: those that the next clips need, then those that were used last.
+
+    Embeddings that could not be stored are held beyond this number, until no later clip of the list needs them.
+    """
+
+    def __init__(self, load: Callable[[list[str], int], Encoded]) -> None:
+        """`load(texts, most)` encodes and stores new texts, and returns the embeddings of the first `most` of them."""
+        self._load = load
+        self._held: dict[str, Tensor] = {}  # the last used come last
+        self._unstored: set[str] = set()
+        self._not_finite: set[str] = set()  # texts of the list, which only their own clips encode again
+        self._clips: list[tuple[str, ...]] = []  # the texts of each clip of the list that is not made yet, in order
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def expect(self, clips: Iterable[tuple[str, ...]]) -> set[str]:
+        """Makes the embeddings of the texts of `clips`, a list in the order in which the clips will be made.
+
+        The list replaces an earlier list. Returns the texts whose embeddings are not finite.
+        """
+        self._clips, self._not_finite = list(clips), set()
+        ahead = list(dict.fromkeys(chain(*self._clips)))
+        self._hold(ahead, [text for text in ahead if text not in self._held])
+        return self._not_finite
+
+    def use(self, texts: tuple[str, ...]) -> dict[str, Tensor]:
+        """Returns {text: embedding [n, text_dim]} of one clip, without the embeddings that are not finite.
+
+        The list goes on behind this clip. If an embedding is not held, those of the following clips are loaded too.
+        """
+        with suppress(ValueError):  # a clip of another list
+            del self._clips[: self._clips.index(texts) + 1]
+        ahead = list(dict.fromkeys(chain(texts, *self._clips)))
+        unwanted = self._held.keys() | self._not_finite.difference(texts)
+        is_held = self._held.keys() >= {*texts}
+        self._hold(ahead, [] if is_held else [text for text in ahead[:MOST] if text not in unwanted])
+        used = {text: self._held.pop(text) for text in dict.fromkeys(texts) if text in self._held}
+        self._held |= used
+        return used
+
+    def clear(self) -> None:
+        """Frees all embeddings and forgets the list."""
+        self._held, self._clips, self._unstored, self._not_finite = {}, [], set(), set()
+
+    def _hold(self, ahead: list[str], new: list[str]) -> None:
+        """Drops what leaves no room for the `new` texts, and loads these; `ahead`: all texts in the order of need."""
+        window = set(ahead[:MOST])
+        most = sum(text in window for text in new)
+        needed = window | self._unstored.intersection(ahead)
+        spare = [text for text in self._held if text not in needed]
+        for text in spare[: max(0, len(self._held) + most - MOST)]:
+            del self._held[text]
+        self._unstored &= self._held.keys()
+        if new:
+            found = self._load(new, most)
+            self._held |= found.embeds
+            self._unstored |= found.unstored
+            self._not_finite.update(found.not_finite)

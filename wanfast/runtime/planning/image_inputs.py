@@ -1,0 +1,80 @@
+"""Reads what a plan needs to know about the given images and the earlier video, and checks how many a model takes.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from wanfast.runtime.config import EffectiveConfig, VideoConfig
+from wanfast.runtime.config.recipes import RECIPES
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.machine.once import remembered
+from wanfast.runtime.media import images
+from wanfast.runtime.media.earlier_video import load_earlier
+
+
+def check_images(config: EffectiveConfig, spec: ModelSpec) -> None:
+    """Raises ConfigError if a video has fewer or more images than its model and its recipe need."""
+    video, recipe = config.video, config.models.recipe
+    num_images = RECIPES[recipe].num_images if recipe else 0
+    if not spec.takes_images:
+        refuse_image_options([*video.images, *(["--fit"] if video.fit != VideoConfig.fit else [])], spec)
+        if num_images:
+            raise ConfigError(
+                f"--recipe {recipe} is for models that start from an image: use another recipe or --model"
+            )
+        if len(video.prompts) > 1:
+            raise ConfigError(
+                f"--prompt is given {len(video.prompts)} times, but {spec.name} makes videos from text alone, so no "
+                "clip can start from another clip's frame: give --prompt once, or use --model a14b"
+            )
+    elif not (video.image or video.continue_from):
+        raise ConfigError("--image is missing: give the image that the video starts from")
+    if num_images > len(video.images):
+        raise ConfigError(
+            f"--recipe {recipe} needs a last image, because the recipe's weights are distilled for videos with one: "
+            "add --last-image FILE, or use --recipe lightning-4"
+        )
+
+
+def refuse_image_options(flags: Iterable[str], spec: ModelSpec) -> None:
+    """Raises ConfigError if the model takes no images, but `flags` names an option that needs an image."""
+    if not spec.takes_images and (unusable := next(iter(flags), None)):
+        raise ConfigError(f"{unusable}: {spec.name} makes videos from text alone: drop {unusable}, or use --model a14b")
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """This class holds what a plan needs to know about one image; without an image, all its fields are empty."""
+
+    sha256: str
+    size: tuple[int, int]  # (width, height) in pixels
+    notes: tuple[str, ...]
+
+
+@remembered
+def image_facts(path: str | None, option: str) -> ImageFacts:
+    """Returns what a plan needs of an image; a list may name one image a thousand times."""
+    if path is None:
+        return ImageFacts("", (0, 0), ())
+    image = images.load_image(path, option)
+    return ImageFacts(image.sha256, image.size, image.notes)
+
+
+@dataclass(frozen=True)
+class EarlierFacts(ImageFacts):
+    """This class holds what a plan needs to know about the video that the new video continues."""
+
+    num_frames: int
+    fps: int
+
+
+@remembered
+def earlier_facts(path: str) -> EarlierFacts:
+    """Returns what the plan of a new video needs to know about `path`, the video that the new video continues."""
+    video = load_earlier(path)
+    return EarlierFacts(video.sha256, video.size, video.notes, video.num_frames, video.fps)
