@@ -94,6 +94,7 @@ ELSEWHERE = {
     "kinds_table": "bench/test_kinds_table.py",
     "projection": "bench/test_projection.py",
     "readme_table": "bench/test_readme_table.py",
+    "served": "bench/test_served.py",
     "tiny_lossy": "bench/test_tiny_tables.py",
     "tiny_preset": "bench/test_tiny_tables.py",
     "tiny_tables": "bench/test_tiny_tables.py",
