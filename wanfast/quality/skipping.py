@@ -51,7 +51,7 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 class SkippingWay:
     """Holds one way to skip forwards: a setting of MagCache, a kind of plan, and the plan.
 
-    The setting is `rule`, the value of --magcache-rule, together with `name`. An example of `name` is E012K2R20:
+    The setting has two parts. `rule` is the value of --magcache-rule. `name` gives the limits: E012K2R20 means
     threshold 0.12, at most 2 skips in a row, retention ratio 0.2.
     """
 
