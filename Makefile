@@ -22,7 +22,8 @@
 #   make tiny-quality   every quality figure of the tiny model, at 128x128
 #   make tiny-quality-256   the same at 256x256, on a GPU
 #   make tiny-kinds     last images and joined clips on the tiny model, and the table of docs/kinds.md
-#   make tiny-magcache  what skipping forwards saves and costs on the tiny model
+#   make tiny-magcache  what skipping forwards, gates of guidance and the hybrid save and cost on the tiny model
+#   make tiny-few-steps the distilled pair of LoRAs against 40 steps and against plain weights in 4 steps
 #   make tiny-attention what sparse and fp8 attention cost on the tiny model, and the table of docs/sparse-attention.md
 #   make tiny-tables    every table, plot, curve and picture that was judged on other weights than the tiny model's
 #   make check      format, lint, types, layers
@@ -103,8 +104,12 @@ tiny-magcache: .venv/dev
 	$(BIN)/python -m wanfast.quality.skipping --output benchmarks/results/tiny-magcache.json
 
 tiny-magcache-extrapolated: .venv/dev
-	$(BIN)/python -m wanfast.quality.skipping --pairs 8 --output out/$@.json
+	$(BIN)/python -m wanfast.quality.skipping --pairs 8 --only-magcache --output out/$@.json
 	cp out/$@.json benchmarks/results/
+
+tiny-few-steps: .venv/dev training/photographs.zip
+	$(BIN)/python -m wanfast.quality.few_steps --photographs training/photographs.zip \
+		--output benchmarks/results/tiny-few-steps.json $(OPTIONS)
 
 tiny-lossy: .venv/dev
 	$(BIN)/python benchmarks/tiny_lossy.py --output benchmarks/results/tiny-lossy.json
@@ -165,4 +170,4 @@ clean:
 
 .PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table check clean \
 	tiny-quality tiny-quality-256 tiny-kinds tiny-quality-int8-weight-only tiny-quality-int8-dynamic tiny-quality-fp8-rowwise \
-	tiny-attention tiny-magcache tiny-magcache-extrapolated tiny-lossy tiny-preset tiny-examples tiny-bench tiny-tables
+	tiny-attention tiny-magcache tiny-magcache-extrapolated tiny-few-steps tiny-lossy tiny-preset tiny-examples tiny-bench tiny-tables

@@ -92,8 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--diffusers",
         choices=(*DIFFUSERS_BACKENDS, "none"),
-        default="cudnn",
-        help="attention backend of diffusers; none leaves out diffusers",
+        help="attention backend of diffusers; none leaves out diffusers  [default: cudnn; with --tiny, sdpa]",
     )
     parser.add_argument(
         "--rounds", type=int, default=3, help="rounds of our compiled first kernel, and of compiled diffusers"
@@ -115,7 +114,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
-        options.grid, options.kernels, options.diffusers = (4, 6, 10), "flash,math", "sdpa"
+        options.grid, options.kernels = (4, 6, 10), "flash,math"
+    options.diffusers = options.diffusers or ("sdpa" if options.tiny else "cudnn")
     if min(options.ranks, options.rounds, options.other_rounds, options.layers) < 1:
         parser.error("--ranks, --rounds, --other-rounds and --layers must be 1 or more")
     if options.ranks > 1 and (options.reference or options.by_depth):
@@ -199,8 +199,8 @@ def _sequence(ranks: Ranks, size: int) -> Sequence:
     """Returns Ulysses over this rank's group of `size` ranks, which are neighbours."""
     if size == ranks.size:
         return ranks.sequence
-    lines = Mesh(cfg=ranks.size // size, ulysses=size).lines("ulysses")
-    return Ulysses(dist.new_subgroups_by_enumeration(lines)[0])  # type: ignore[no-untyped-call]
+    neighbours = Mesh(cfg=ranks.size // size, ulysses=size).neighbours("ulysses")
+    return Ulysses(dist.new_subgroups_by_enumeration(neighbours)[0])  # type: ignore[no-untyped-call]
 
 
 def _twin(model: WanDiT, kernel: str, sequence: Sequence = WholeSequence()) -> WanDiT:  # noqa: B008

@@ -34,7 +34,7 @@ from wanfast.runtime.facts.memory import gb
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.jobs import quantize
-from wanfast.runtime.machine import host, packages
+from wanfast.runtime.machine import packages
 from wanfast.runtime.machine.packages import commit
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
@@ -89,7 +89,6 @@ def _quantize(_: int, wanted: QuantizeConfig) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    torch.set_num_threads(max(1, host.cores() // options.ranks))
     hardware.prepare(options.device, "bf16", None)
     with rank_group(options.device, Mesh(ulysses=options.ranks), timeout_s=300) as ranks:
         figures = ranks.gather(_load(options, ranks))

@@ -1,18 +1,21 @@
-"""Writes the table of published lines in README.md from the reports of `wanfast bench` on four H100.
+"""Writes the table of published lines in README.md from the reports of `wanfast bench` on one GPU, four and eight.
 
     python benchmarks/readme_table.py      # writes README.md's table and benchmarks/results/readme-table.json
 
-The reports are the files benchmarks/results/bench-4xh100*.json. Each holds the last line that `wanfast bench --recipes
-published,ours --num-gpus 4 --json` prints. If several reports measured a recipe, the report whose name sorts last
-counts. The last column projects the measured seconds to 8 GPUs by the model of docs/projection.md. A cell without a
-measurement is a dash, and the legend says why. A test compares README.md with what this program writes.
+The reports are files of benchmarks/results whose names begin with the number and the kind of GPUs: bench-1xh100,
+bench-4xh100, bench-8xh100, or the same with h200. Each one is the document that `wanfast bench --recipes published,ours
+--num-gpus 4 --json` prints last. If several of one beginning have a recipe, the last one counts, by the order of their
+names. Each number of GPUs that was measured has a column, of one kind of GPU: the kind that has reports of the most
+numbers, and of two that have as many an H100. The last column projects the seconds of four GPUs to eight of that kind,
+by the model of docs/projection.md. A cell without a measurement is a dash, and the legend says why. A test writes the
+table again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,9 @@ from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.facts.choices import RecipeName
 
 OWN = RESULTS / "readme-table.json"
-REPORTS, MACHINE = "bench-4xh100*.json", "4 x NVIDIA H100"
+KINDS = ("H100", "H200")
+COUNTS = (1, 4, 8)  # of GPUs
+PROJECTED = 4  # the number of GPUs whose seconds are projected to 8
 NOT_YET = "not measured yet"
 LINES: Mapping[RecipeName, str] = {
     "baseline": "FlashAttention-2",
@@ -58,84 +63,130 @@ def main() -> None:
 
 
 def table(results: Path) -> dict[str, Any]:
-    """Returns {"rows": {recipe: its seconds, or why it has none}, "error_on_4": the projection's error on 4 GPUs}.
-
-    Ends the process with a message if a report comes from other GPUs.
-    """
+    """Returns the columns of the table, and its rows: {recipe: its seconds in each column, or why it has none}."""
     found = fitted(results)
     rows: dict[str, dict[str, Any]] = {
-        recipe: {"published_s": PUBLISHED_S.get(recipe), "on_4_s": None, "on_8_s": None, "why": NOT_YET}
-        for recipe in LINES
+        recipe: {"published_s": PUBLISHED_S.get(recipe), "on": {}, "projected_8_s": None} for recipe in LINES
     }
-    for file in sorted(results.glob(REPORTS), key=lambda file: file.stem):
+    columns = _columns(results)
+    for count, gpu in columns.items():
+        for row in rows.values():
+            row["on"][str(count)] = {"video_s": None, "estimated": False, "why": NOT_YET}
+        for file, report in _reports(results, count, gpu):
+            for measured in report["rows"]:
+                if (row := rows.get(measured["recipe"])) is None:
+                    continue  # a recipe of few steps, which has no line here
+                known, new = row["on"][str(count)], _figures(measured)
+                if new["video_s"] is not None or known["video_s"] is None:
+                    row["on"][str(count)] = new | {"file": file.name}
+                    if count == PROJECTED and new["video_s"] is not None:
+                        row["projected_8_s"] = _projected_8_s(measured, report, found)
+    gpus = {str(count): gpu for count, gpu in columns.items()}
+    errors = {"gpu": found.kind.upper(), "error_on_4": found.error_on(4), "error_on_8": found.error_on(8)}
+    return {"gpus": gpus, "projection": errors, "rows": rows}
+
+
+def _columns(results: Path) -> dict[int, str]:
+    """Returns the kind of GPU for each number of GPUs that was measured; without any report, four H100."""
+    counts = {gpu: [count for count in COUNTS if _files(results, count, gpu)] for gpu in KINDS}
+    by_counts = sorted(KINDS, key=lambda gpu: -len(counts[gpu]))  # stable: an H100 comes first of two that are equal
+    found = {count: [gpu for gpu in by_counts if count in counts[gpu]] for count in COUNTS}
+    return {count: gpus[0] for count, gpus in found.items() if gpus} or {PROJECTED: KINDS[0]}
+
+
+def _files(results: Path, count: int, gpu: str) -> list[Path]:
+    return sorted(results.glob(f"bench-{count}x{gpu.lower()}*.json"), key=lambda file: file.stem)
+
+
+def _reports(results: Path, count: int, gpu: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for file in _files(results, count, gpu):
         report = json.loads(file.read_text())
-        if not report["machine"].startswith(MACHINE):
-            raise SystemExit(f"{file}: measured on {report['machine']}, not on {MACHINE}: give the file another name")
-        for row in report["rows"]:
-            known, new = rows[row["recipe"]], _figures(row, report, found)
-            if "on_4_s" in new or known["on_4_s"] is None:
-                known |= new | {"file": file.name}
-    return {"error_on_4": found.error_on_4, "rows": rows}
+        if not report["machine"].startswith(f"{count} x NVIDIA {gpu}"):
+            raise SystemExit(
+                f"{file}: measured on {report['machine']}, not on {count} x NVIDIA {gpu}: give the file another name"
+            )
+        yield file, report
 
 
-def _figures(row: dict[str, Any], report: dict[str, Any], found: Fitted) -> dict[str, Any]:
-    if row["status"] != "measured":
-        return {"why": row["status"]}
-    if row["overridden"]:
-        return {"why": f"measured with {' '.join(row['overridden'])}"}
+def _figures(row: dict[str, Any]) -> dict[str, Any]:
+    why = None if row["status"] == "measured" else row["status"]
+    if why is None and row["overridden"]:
+        why = f"measured with {' '.join(row['overridden'])}"
+    seconds = None if why else row["video_s"]["median"]
+    return {"video_s": seconds, "estimated": bool(seconds and row["estimated"]), "why": why}
+
+
+def _projected_8_s(row: dict[str, Any], report: dict[str, Any], found: Fitted) -> float:
     width, height = map(int, report["size"].split("x"))
     seconds = {stage: spread["median"] for stage, spread in row["seconds"].items()}
     cfg = RECIPES[row["recipe"]].of_several_ranks.get("cfg_parallel")
-    meshes = mesh_of(4, cfg), mesh_of(8, cfg)
+    meshes = mesh_of(PROJECTED, cfg), mesh_of(8, cfg)
     tokens = tokens_of(width, height, report["frames"])
     on_8 = on_more_gpus(found.model, seconds, row["forwards"]["computed"], tokens, meshes)
-    estimated = bool(row["estimated"])
-    on_4_s = row["video_s"]["median"]
-    return {"on_4_s": on_4_s, "on_8_s": round(sum(on_8.values()), 3), "estimated": estimated, "why": None}
+    return round(sum(on_8.values()), 3)
 
 
 def lines(document: dict[str, Any]) -> list[str]:
     """Returns the lines of the table, of its legend and of the declaration of its figures."""
     figures: dict[str, str] = {}
-    rows = document["rows"]
+    gpus = document["gpus"]
 
-    def cell(recipe: str, column: str) -> str:
-        if rows[recipe][column] is None:
+    def cell(recipe: str, path: str) -> str:
+        value: Any = document["rows"][recipe]
+        for key in path.split("/"):
+            value = value[key]
+        if value is None:
             return "—"
-        figure = f"{rows[recipe][column]:.1f} s"
-        figures.setdefault(figure, f"rows/{recipe}/{column}")
-        return figure
+        figures.setdefault(f"{value:.1f} s", f"rows/{recipe}/{path}")
+        return f"{value:.1f} s"
 
-    head = ["published line", "recipe", "the publisher's, on 8 H100", "ours on 4 H100", "ours projected to 8"]
+    columns = {"published_s": "the publisher's, on 8 H100"}
+    columns |= {f"on/{count}/video_s": f"ours on {count} {gpu}" for count, gpu in gpus.items()}
+    if gpu := gpus.get(str(PROJECTED)):
+        columns["projected_8_s"] = f"ours projected to 8 {gpu}"
+    head = ["published line", "recipe", *columns.values()]
     made = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for recipe, line in LINES.items():
-        cells = [cell(recipe, column) for column in ("published_s", "on_4_s", "on_8_s")]
-        made.append(f"| {line} | `{recipe}` | {' | '.join(cells)} |")
+        cells = " | ".join(cell(recipe, path) for path in columns)
+        made.append(f"| {line} | `{recipe}` | {cells} |")
     return [*made, "", _legend(document, figures), *declaration(OWN, figures)]
 
 
 def _legend(document: dict[str, Any], figures: dict[str, str]) -> str:
     """Returns what the seconds are, why cells have dashes, and how far the projection is known."""
-    rows = document["rows"]
-    missing: dict[str, list[str]] = {}
-    for recipe, row in rows.items():
-        if row["why"]:
-            missing.setdefault(row["why"], []).append(f"`{recipe}`")
+    rows = document["rows"].values()
     parts = ["Seconds of one video; ours are encoding, denoising and decoding."]
-    if any(row.get("estimated") for row in rows.values()):
+    if any(of["estimated"] for row in rows for of in row["on"].values()):
         parts.append("The seconds of denoising were computed from a few timed steps.")
     parts.append("A dash: not published, or not measured.")
-    if list(missing) == [NOT_YET] and len(missing[NOT_YET]) == len(rows):
-        parts.append("Nothing was measured on 4 H100 yet, so that nothing is projected.")
-    else:
-        parts += [f"On 4 H100, {', '.join(names)}: {why}." for why, names in missing.items()]
-    known = NOT_CHECKED
-    if (error := document["error_on_4"]) is not None:
-        figure = f"{abs(error) * 100:.1f} %"
-        figures.setdefault(figure, f"{'0 - ' if error < 0 else ''}error_on_4 * 100")
-        known = f"{figure} {'below' if error < 0 else 'above'} what was measured on 4"
-    parts.append(f"The [projection](docs/projection.md) is {known}.")
-    return " ".join(parts)
+    for count, gpu in document["gpus"].items():
+        parts += _missing(document["rows"], count, gpu)
+    return " ".join([*parts, _known(document["projection"], figures)])
+
+
+def _missing(rows: dict[str, dict[str, Any]], count: str, gpu: str) -> list[str]:
+    """Returns the sentences that say why cells of a column have dashes."""
+    missing: dict[str, list[str]] = {}
+    for recipe, row in rows.items():
+        if why := row["on"][count]["why"]:
+            missing.setdefault(why, []).append(f"`{recipe}`")
+    if len(missing.get(NOT_YET, ())) == len(rows):
+        nothing = f"Nothing was measured on {count} {gpu} yet"
+        return [f"{nothing}, so that nothing is projected." if count == str(PROJECTED) else f"{nothing}."]
+    return [f"On {count} {gpu}, {', '.join(names)}: {why}." for why, names in missing.items()]
+
+
+def _known(projection: dict[str, Any], figures: dict[str, str]) -> str:
+    """Returns how far the projection was from what was measured on four GPUs and on eight."""
+    said = []
+    for number in (4, 8):
+        name = f"error_on_{number}"
+        if (error := projection[name]) is not None:
+            figure = f"{abs(error) * 100:.1f} %"
+            figures.setdefault(figure, f"{'0 - ' if error < 0 else ''}projection/{name} * 100")
+            side = "below" if error < 0 else "above"
+            said.append(f"{figure} {side} what was measured on {number} {projection['gpu']}")
+    return f"The [projection](docs/projection.md) is {' and '.join(said) or NOT_CHECKED}."
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import socket
 from argparse import Namespace
 from collections.abc import Callable
 
+import torch
 import torch.multiprocessing as mp
 
+from wanfast.runtime.machine import host
 from wanfast.runtime.processes.forks import leave
 
 
@@ -24,5 +26,6 @@ def _rank(rank: int, work: Callable[[Namespace], None], options: Namespace, port
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options.ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
+    torch.set_num_threads(host.share_of_cores(options.ranks))  # else the ranks' threads wait for each other
     work(options)
     leave(0)  # as the ranks of a video

@@ -85,6 +85,8 @@ class Finder:
         return spec
 
 sys.meta_path.insert(0, Finder)
+for name in AFTER.keys() & sys.modules.keys():
+    AFTER[name](sys.modules[name])
 """
 
 
@@ -155,12 +157,14 @@ def _start(scratch: Path, checkout: Path, way: str, options: argparse.Namespace)
     exited = time.time()
     if process.returncode:
         raise SystemExit(process.stdout.read().decode())
-    written = max(file.stat().st_mtime for file in artifacts.glob("runs/*/results/*.json"))
+    results = [*artifacts.glob("runs/*/results/*.json")] or [scratch / "out.json"]  # one rank is the command's process
+    written = max(file.stat().st_mtime for file in results)
     moments: dict[str, float] = {}
     for line in marks.read_text().splitlines():
         at, _, name = line.split(" ", 2)
         moments[name] = max(moments.get(name, 0), float(at))  # of the last process
-    moments["ranks started"] = max(file.stat().st_mtime for file in artifacts.glob("runs/*/ranks/*/pid"))
+    if started := [file.stat().st_mtime for file in artifacts.glob("runs/*/ranks/*/pid")]:
+        moments["ranks started"] = max(started)
     moments |= {"result written": written, "last other process gone": gone, "exit": exited}
     seconds = {name: round(at - began, 3) for name, at in sorted(moments.items(), key=lambda item: item[1])}
     return seconds | {"end": round(max(gone, exited) - written, 3)}

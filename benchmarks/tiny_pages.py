@@ -21,6 +21,7 @@ from projection import RESULTS
 
 OWN = RESULTS / "tiny-tables.json"
 CARD = "wanfast/assets/tiny/README.md"
+MOVERS = {"shape": "shapes", "camera": "a camera over photographs"}
 EXAMPLES = "wanfast/assets/examples"
 SCHEMES = ("int8-weight-only", "int8-dynamic", "fp8-rowwise")
 OF_README = ("E012K2R20, low-noise-only", "E024K2R10, low-noise-only")  # the settings of MagCache that README shows
@@ -33,6 +34,7 @@ def written(root: Path) -> dict[str, str]:
         "docs/quality.md": {"the tiny model": quality},
         "docs/quantization.md": {"the tiny model's videos": schemes},
         "docs/magcache.md": {"extrapolated": extrapolated, "skipping": skipping},
+        "docs/few-steps.md": {"gates": gates, "few steps": few_steps},
         "docs/fp8-attention.md": {"error of a head": in_fp8},
         "docs/sparse-attention.md": {attention_table.BLOCK: attention},
         kinds_table.PAGE: {kinds_table.BLOCK: lambda results: kinds_table.lines(results.root)},
@@ -104,7 +106,7 @@ def columns_of(results: Results) -> list[tuple[str, str, str]]:
     """
     found = []
     for name, size in (("tiny-quality", "128x128"), ("tiny-quality-256", "256x256")):
-        for path, mover in (("", "shapes"), ("camera/", "a camera over photographs")):
+        for path, mover in (("", MOVERS["shape"]), ("camera/", MOVERS["camera"])):
             if results.has(name) and (not path or "camera" in results.document(name)):
                 found.append((f"{mover}, {size}", name, path))
     return found
@@ -265,6 +267,55 @@ def extrapolated(results: Results) -> list[str]:
         rows.append([settings, f"{number} of 80", *psnr])
     head = ["settings", "skipped", "last residual again: PSNR", "extrapolated"]
     return [*table(head, rows), "", *results.footnote("extrapolated", name)]
+
+
+def gates(results: Results) -> list[str]:
+    """Returns the table of gates of guidance and of the hybrid, or a line if they were not measured yet."""
+    name = "tiny-magcache"
+    measured = results.document(name).get("gates_and_hybrid", [])
+    if not measured:
+        return [
+            "What a gate and the hybrid cost was not measured yet: `make tiny-magcache` measures it, and fills in a "
+            "table here."
+        ]
+    rows = []
+    for k, row in enumerate(measured):
+        share = results.shown(name, f"gates_and_hybrid/{k}/skipped_share", ".1f %", 100)
+        rows.append([row["settings"], share, row["plan"], _cost(results, f"gates_and_hybrid/{k}")])
+    head = ["settings", "forwards saved", "plan of skips", "PSNR, SSIM, prompts followed"]
+    return [*table(head, rows), "", *results.footnote("gates", name)]
+
+
+def few_steps(results: Results) -> list[str]:
+    """Returns the table of the tiny model's distilled pair, or a line if it was not measured yet."""
+    name = "tiny-few-steps"
+    if not results.has(name):
+        return [
+            "Not measured yet: no distilled pair ships for the tiny model. `make tiny-few-steps` measures one, and "
+            "fills in a table here."
+        ]
+    rows = [
+        [title, *_few_steps_row(results, f"{mover}/{k}")]
+        for mover, title in MOVERS.items()
+        for k in range(len(results.document(name).get(mover, [])))
+    ]
+    head = ["clips", "weights", "forwards", "prompts followed", "PSNR of the first frame to the image"]
+    head += ["PSNR to the teacher", "paired PSNR in dB (95-percent interval)"]
+    return [*table(head, rows), "", *results.footnote("pair", name)]
+
+
+def _few_steps_row(results: Results, row: str) -> list[str]:
+    """Returns the cells of one way; `row` is its path in the result. Figures with a sign are not declared."""
+    name = "tiny-few-steps"
+    found, psnr, paired = results.value(name, row), "", ""
+    if "psnr_teacher" in found:
+        psnr = results.shown(name, f"{row}/psnr_teacher/mean", ".1f dB")
+    if "paired_psnr" in found:
+        mean, (low, high) = found["paired_psnr"]["mean"], found["paired_psnr"]["95%"]
+        paired = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    first = results.shown(name, f"{row}/first_frame_psnr", ".1f dB")
+    followed = results.of(name, f"{row}/prompt_following")
+    return [found["way"], str(found["forwards"]), followed, first, psnr, paired]
 
 
 def _settings(results: Results, name: str) -> list[str]:

@@ -15,6 +15,11 @@ video's wall time begins when the video before it is written, and ends when the 
 the last video to the end of the command. The VAE's last layer is scaled down, so that x264 gets smooth frames. --long
 adds a video with more steps. --noise adds a video whose frames are noise. Both have the stored prompt.
 
+`step_s` has the leader's seconds of each step. `guided_step_s` and `unguided_step_s` are medians of steps with guidance
+and without, and `unguided_share` is their ratio. `regrouping_s` says for each regrouping of the ranks how much longer
+its step takes than the median of its kind: --guidance-gate 0.5 has steps of both kinds. The first step, which compiles,
+and steps that skip a forward count in none of these.
+
 Without --random the files of the experts and of the text encoder are holes, which read as zeros without a disk. One run
 shows whether the video fits, which weights are in which memory, the shortest possible time of reading the weights (from
 the page cache), and the VAE's time. It does not show the time of a step, because a GPU computes faster with zeros.
@@ -49,15 +54,18 @@ from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine import host
 from wanfast.runtime.machine.gpus import set_environment, visible_gpus
 from wanfast.runtime.machine.packages import commit, versions
+from wanfast.runtime.planning.past_runs import forwards_in_turn
+from wanfast.runtime.planning.plan_json import read_guided
 from wanfast.runtime.store import model_files
 from wanfast.runtime.weights.builders import build_vae
 
 PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
-FIGURES = ("seconds", "first_step_s", "compiled_anew", "peak_memory_bytes", "loading")
+FIGURES = ("seconds", "first_step_s", "step_s", "compiled_anew", "peak_memory_bytes", "loading")
 SHARED_MEMORY = Path("/dev/shm")
 SMOOTHNESS = 200  # x264 takes an eighth of its time for noise, as for a smooth clip: 3 s of two cores at 1280x720x81
 KNOWN = "a cat"
 VIDEOS = 3  # of a list
+KINDS = {True: "guided_step_s", False: "unguided_step_s"}  # whether a step has guidance
 
 
 @dataclass
@@ -151,7 +159,9 @@ def _measure_holes(folder: Path, scratch: Path, _: argparse.Namespace, others: l
     given = [f"--prompt={KNOWN}", "--seed=1", f"--output={scratch}/out.mp4", *others]
     run = _generate(folder, scratch, given, sampled=True)
     (made,) = run.documents
-    return {name: made[name] for name in FIGURES} | _facts(made) | {"gpu_used_bytes": run.gpu_used_bytes}
+    return (
+        {name: made[name] for name in FIGURES} | of_steps(made) | _facts(made) | {"gpu_used_bytes": run.gpu_used_bytes}
+    )
 
 
 def _measure_random(folder: Path, scratch: Path, options: argparse.Namespace, others: list[str]) -> dict[str, Any]:
@@ -206,10 +216,40 @@ def _rows(name: str, run: Run) -> list[dict[str, Any]]:
         stages = {stage: value for stage, value in made["seconds"].items() if stage != "total"}
         wall = ended - begun
         row = {"wall_s": wall, "outside_s": wall - sum(stages.values()), "beyond_denoising_s": wall - stages["denoise"]}
+        steps = of_steps(made)
         rows.append({key: round(value, 3) for key, value in row.items()} | {name: made[name] for name in FIGURES})
-        print(f"{name:12}", row | stages, file=sys.stderr, flush=True)
+        rows[-1] |= steps
+        print(f"{name:12}", row | stages | steps, file=sys.stderr, flush=True)
     rows[-1]["end_s"] = round(run.ended - written[-1], 3)
     return rows
+
+
+def of_steps(made: dict[str, Any]) -> dict[str, Any]:
+    """Returns the medians of steps with guidance and without, and what each regrouping of the ranks adds to its step.
+
+    `made`: the JSON document of a video. A figure for which no step was measured is missing.
+    """
+    plan, clips = made["plan"], made["plan"]["clips"]
+    guided, turns = read_guided(plan) * clips, forwards_in_turn(plan)
+    whole = {
+        kind: max((each for each, of in zip(turns, guided, strict=True) if of == kind), default=0) for kind in KINDS
+    }
+    regroups = [
+        index for index in range(1, len(guided)) if plan["unguided_mesh"] and guided[index] != guided[index - 1]
+    ]
+    counted = [index for index in range(1, len(guided)) if turns[index] == whole[guided[index]]]
+    found: dict[str, Any] = {}
+    for kind, name in KINDS.items():
+        steps = [made["step_s"][index] for index in counted if guided[index] == kind and index not in regroups]
+        found |= {name: round(statistics.median(steps), 4)} if steps else {}
+    if len(found) == len(KINDS):
+        found["unguided_share"] = round(found[KINDS[False]] / found[KINDS[True]], 4)
+    added = [
+        round(made["step_s"][index] - found[KINDS[guided[index]]], 4)
+        for index in regroups
+        if index in counted and KINDS[guided[index]] in found
+    ]
+    return found | ({"regrouping_s": added} if added else {})
 
 
 def _generate(folder: Path, scratch: Path, given: list[str], *, sampled: bool = False) -> Run:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,10 +14,16 @@ from torch import Tensor
 
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.store.model_files import TINY
 from wanfast.runtime.weights.key_maps import rename_back
 
 RANK = 3
 Merged = dict[str, Tensor]  # our name: what the file adds in float64
+
+
+def tiny_without_loras(folder: Path) -> Path:
+    """Links the files of the tiny model into a new folder, except the LoRAs that may ship with it."""
+    return Path(shutil.copytree(TINY, folder / "own", copy_function=os.link, ignore=shutil.ignore_patterns("loras")))
 
 
 def modules(spec: DiTSpec) -> dict[str, list[int]]:

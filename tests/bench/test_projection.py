@@ -30,7 +30,7 @@ KNOWN = CostModel(
 
 def forward(model: CostModel, ranks: int) -> dict[str, Any]:
     """Returns what benchmarks/forward.py --ranks prints if a forward takes what the model says."""
-    sizes = [size for size in (1, 2, 4) if size <= ranks]
+    sizes = [size for size in (1, 2, 4, 8) if size <= ranks]
     ms = {size: model.forward_s(TOKENS, size) * 1000 for size in sizes}
     ways = {"one" if size == 1 else f"ulysses {size}": {"ms": ms[size]} for size in sizes}
     terms = model.forward(TOKENS, 1)
@@ -107,7 +107,8 @@ def results(tmp_path: Path) -> Path:
 
 def test_without_four_gpus_the_picture_and_the_page_say_so(program: Any, results: Path) -> None:
     document = program.projection(results)
-    assert (document["error_on_4"], document["checks"], document["checked_on"]) == (None, [], {})
+    assert document["error_on_4"] is document["error_on_8"] is None
+    assert (document["checks_on_4"], document["checks_on_8"], document["checked_on"]) == ([], [], {"4": {}, "8": {}})
     assert program.picture(document).count("not checked on 4") == 2  # the bars of 4 and of 8
     assert "fitted; 390 s with the steps that were measured" in program.picture(document)
     assert "**The projection is not checked on 4**" in "\n".join(program.tables(document))
@@ -127,11 +128,45 @@ def test_files_of_four_gpus_are_taken_by_their_names(program: Any, results: Path
     assert document["fitted_on"]["vae"] == "vae-2xh200.json"
     assert document["checks_on_2"] == []  # those videos are of an H200
     assert document["fit"]["attention_flop_s"] == pytest.approx(7e14)
-    assert len(document["checks"]) == 4 and document["error_on_4"] == document["checks"][-1]["error"] < -0.1
+    assert len(document["checks_on_4"]) == 4
+    assert document["error_on_4"] == document["checks_on_4"][-1]["error"] < -0.1
     shown, lines = program.picture(document), "\n".join(program.tables(document))
     assert "not checked" not in shown + lines
-    assert f"projected, {document['error_on_4']:+.1%} on 4 GPUs" in shown
+    assert f"projected, {document['error_on_4']:+.1%} on 4 GPUs" in shown and 'fill="black"' in shown
     assert "`benchmarks/results/whole-video-random-4xh100.json`" in lines and "a whole video, 4 GPUs" in lines
+
+
+def test_files_of_eight_gpus_check_it_too(program: Any, results: Path) -> None:
+    """The kind of GPU with eight of them counts, and no file of another kind checks it."""
+    for name, document in (
+        ("forward-4xh100", forward(KNOWN, 4)),
+        ("vae-8xh200", vae(KNOWN, 8)),
+        ("whole-video-random-8xh200", video(KNOWN, 8, slower=1.25)),
+    ):
+        (results / f"{name}.json").write_text(json.dumps(document))
+    document = program.projection(results)
+    assert document["gpu"] == "h200" and document["checks_on_4"] == []
+    assert document["checked_on"]["8"] == {"vae": "vae-8xh200.json", "video": "whole-video-random-8xh200.json"}
+    assert [check["what"] for check in document["checks_on_8"]] == [
+        "the VAE, 8 ranks",
+        "40 steps, 8 GPUs",
+        "a whole video, 8 GPUs",
+    ]
+    assert document["error_on_8"] == document["checks_on_8"][-1]["error"]
+    *_, four, eight = re.split(r"(?=<text[^>]*>\d GPU)", program.picture(document))
+    assert "not checked on 4" in four and 'fill="black"' not in four
+    assert f"projected, {document['error_on_8']:+.1%} to what was measured" in eight and 'fill="black"' in eight
+    lines = "\n".join(program.tables(document))
+    assert "not checked on 4" in lines and "Checked on 8 by `benchmarks/results/vae-8xh200.json`" in lines
+    assert f"{abs(document['error_on_8']) * 100:.1f} %" in lines and "checks_on_8/2/error" in lines
+
+
+def test_a_kind_with_eight_gpus_alone_is_fitted_on_their_run(program: Any, results: Path) -> None:
+    (results / "forward-8xh100.json").write_text(json.dumps(forward(KNOWN, 8)))
+    document = program.projection(results)
+    assert (document["gpu"], document["fitted_on"]["forward"]) == ("h100", "forward-8xh100.json")
+    assert [check["what"] for check in document["checks_on_8"]] == ["a forward, ulysses 8"]
+    assert document["error_on_8"] == pytest.approx(0, abs=1e-4) and 'fill="black"' not in program.picture(document)
 
 
 def test_eight_gpus_have_another_colour(program: Any, results: Path) -> None:

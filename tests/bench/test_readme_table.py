@@ -1,4 +1,4 @@
-"""Tests README's table of published lines: current, filled by reports of four H100, and with a reason for each dash."""
+"""Tests README's table of published lines: current, filled by reports of 1, 4 and 8 GPUs, a reason for each dash."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wanfast.bench.projection import mesh_of
 from wanfast.runtime.config.recipes import FEW_STEPS, RECIPES
 
 readme_table = program("readme_table")
-MACHINE = "4 x NVIDIA H100 80GB HBM3"
+FULL_NAMES = {"H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200"}
 
 
 def row(recipe: str, denoise_s: float, **changes: Any) -> dict[str, Any]:
@@ -30,8 +30,9 @@ def row(recipe: str, denoise_s: float, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def report(*rows: dict[str, Any]) -> dict[str, Any]:
-    return {"machine": MACHINE, "size": "1280x720", "frames": 81, "rows": list(rows)}
+def report(*rows: dict[str, Any], on: str = "4 x H100") -> dict[str, Any]:
+    count, gpu = on.split(" x ")
+    return {"machine": f"{count} x {FULL_NAMES[gpu]}", "size": "1280x720", "frames": 81, "rows": list(rows)}
 
 
 @pytest.fixture
@@ -55,7 +56,11 @@ def test_without_a_report_each_measured_cell_is_a_dash(results: Path) -> None:
     lines = readme_table.lines(readme_table.table(results))
     assert lines[2] == "| FlashAttention-2 | `baseline` | 250.7 s | — | — |"
     assert all(line.endswith("| — | — |") for line in lines[2:17])
-    assert "Nothing was measured on 4 H100 yet" in lines[18] and "not checked on 4" in lines[18]
+    assert lines[0].endswith("| ours on 4 H100 | ours projected to 8 H100 |")
+    assert (
+        "Nothing was measured on 4 H100 yet, so that nothing is projected." in lines[18]
+        and "not checked on 4" in lines[18]
+    )
 
 
 def test_a_measured_recipe_has_its_seconds_and_a_projection(results: Path) -> None:
@@ -67,12 +72,13 @@ def test_a_measured_recipe_has_its_seconds_and_a_projection(results: Path) -> No
         four, eight = (found.forward(75_600, mesh_of(number, cfg).ulysses)["exchange"] for number in (4, 8))
         denoise_8_s = 80 / cfg * ((denoise_s * cfg / 80 - four) / 2 + eight)
         of = document["rows"][recipe]
-        assert of["on_4_s"] == denoise_s + 1.5
-        assert denoise_8_s < of["on_8_s"] < denoise_8_s + 1.5
+        assert of["on"]["4"]["video_s"] == denoise_s + 1.5
+        assert denoise_8_s < of["projected_8_s"] < denoise_8_s + 1.5
     lines = readme_table.lines(document)
-    on_8 = document["rows"]["baseline"]["on_8_s"]
+    on_8 = document["rows"]["baseline"]["projected_8_s"]
     assert lines[2] == f"| FlashAttention-2 | `baseline` | 250.7 s | 401.5 s | {on_8:.1f} s |"
-    assert "401.5 s = rows/baseline/on_4_s" in lines[-1] and f"{on_8:.1f} s = rows/baseline/on_8_s" in lines[-1]
+    assert "401.5 s = rows/baseline/on/4/video_s" in lines[-1]
+    assert f"{on_8:.1f} s = rows/baseline/projected_8_s" in lines[-1]
     assert "The seconds of denoising were computed from a few timed steps." in lines[18]
 
 
@@ -83,28 +89,77 @@ def test_the_legend_says_why_a_cell_is_a_dash(results: Path) -> None:
     legend = readme_table.lines(document)[18]
     assert "`fa3`: measured with --attention auto." in legend and "`int8`: failed." in legend
     assert "`exact`" in legend and "not measured yet" in legend and "baseline" not in legend
-    assert document["rows"]["fa3"]["on_4_s"] is None
+    assert document["rows"]["fa3"]["on"]["4"]["video_s"] is None
 
 
 def test_the_last_report_counts_and_a_failure_hides_no_measurement(results: Path) -> None:
     write(results, "bench-4xh100", report(row("baseline", 400.0), row("fa3", 300.0)))
     others = row("fa3", 1.0, status="failed"), row("fa3", 1.0, overridden=["--attention", "auto"])
     write(results, "bench-4xh100-second", report(row("baseline", 390.0), *others))
+    rows = {name: row["on"]["4"] for name, row in readme_table.table(results)["rows"].items()}
+    assert (rows["baseline"]["video_s"], rows["baseline"]["file"]) == (391.5, "bench-4xh100-second.json")
+    assert (rows["fa3"]["video_s"], rows["fa3"]["why"]) == (301.5, None)
+
+
+def test_each_measured_number_of_gpus_has_a_column(results: Path) -> None:
+    """The kind with the most numbers of GPUs comes first, and only what it lacks is of the other kind."""
+    write(results, "bench-1xh200", report(row("baseline", 1600.0), on="1 x H200"))
+    others = row("exact", 1.0, status="failed"), row("lightning-4", 5.0)  # the latter has no line in the table
+    write(results, "bench-8xh200", report(row("baseline", 210.0), *others, on="8 x H200"))
+    document = readme_table.table(results)
+    assert document["gpus"] == {"1": "H200", "8": "H200"}
+    lines = readme_table.lines(document)
+    assert lines[0].endswith("| the publisher's, on 8 H100 | ours on 1 H200 | ours on 8 H200 |")
+    assert lines[2] == "| FlashAttention-2 | `baseline` | 250.7 s | 1601.5 s | 211.5 s |"
+    assert "On 8 H200, `exact`: failed." in lines[18] and "`exact`, `near-exact`, `fast`: not measured yet" in lines[18]
+    assert "211.5 s = rows/baseline/on/8/video_s" in lines[-1]
+
+    write(results, "bench-4xh100", report(row("baseline", 400.0)))
+    document = readme_table.table(results)
+    assert document["gpus"] == {"1": "H200", "4": "H100", "8": "H200"}
+    assert readme_table.lines(document)[0].endswith(
+        "| ours on 1 H200 | ours on 4 H100 | ours on 8 H200 | ours projected to 8 H100 |"
+    )
+
+
+def test_no_column_has_two_kinds_of_gpu(results: Path) -> None:
+    write(results, "bench-4xh200", report(row("baseline", 380.0), on="4 x H200"))
+    write(results, "bench-4xh100", report(row("fa3", 300.0)))
     rows = readme_table.table(results)["rows"]
-    assert (rows["baseline"]["on_4_s"], rows["baseline"]["file"]) == (391.5, "bench-4xh100-second.json")
-    assert (rows["fa3"]["on_4_s"], rows["fa3"]["why"]) == (301.5, None)
+    assert (rows["baseline"]["on"]["4"]["video_s"], rows["fa3"]["on"]["4"]["video_s"]) == (None, 301.5)
+    write(results, "bench-8xh200", report(row("baseline", 210.0), on="8 x H200"))
+    document = readme_table.table(results)
+    assert document["gpus"] == {"4": "H200", "8": "H200"}
+    found = document["rows"]["baseline"]
+    assert (found["on"]["4"]["video_s"], found["on"]["8"]["video_s"]) == (381.5, 211.5)
+    assert document["rows"]["fa3"]["on"]["4"] == {"video_s": None, "estimated": False, "why": readme_table.NOT_YET}
 
 
-def test_a_report_of_another_machine_is_refused(results: Path) -> None:
-    write(results, "bench-4xh100", report() | {"machine": "2 CPU cores"})
-    with pytest.raises(SystemExit, match=r"measured on 2 CPU cores, not on 4 x NVIDIA H100: give the file another"):
+@pytest.mark.parametrize(
+    ("name", "machine", "wanted"),
+    [
+        ("bench-4xh100", "2 CPU cores", "4 x NVIDIA H100"),
+        ("bench-4xh100", "4 x NVIDIA H200", "4 x NVIDIA H100"),
+        ("bench-8xh200", "4 x NVIDIA H200", "8 x NVIDIA H200"),
+        ("bench-1xh200", "NVIDIA H200", "1 x NVIDIA H200"),
+    ],
+)
+def test_a_report_of_another_machine_is_refused(results: Path, name: str, machine: str, wanted: str) -> None:
+    write(results, name, report() | {"machine": machine})
+    with pytest.raises(SystemExit, match=f"measured on {machine}, not on {wanted}: give the file another"):
         readme_table.table(results)
 
 
-def test_the_error_on_4_stands_in_the_legend(results: Path) -> None:
-    document = readme_table.table(results) | {"error_on_4": -0.0312}
+def test_the_projections_errors_stand_in_the_legend(results: Path) -> None:
+    document = readme_table.table(results)
+    document["projection"]["error_on_4"] = -0.0312
     lines = readme_table.lines(document)
-    assert "is 3.1 % below what was measured on 4" in lines[18] and "3.1 % = 0 - error_on_4 * 100" in lines[-1]
+    assert "is 3.1 % below what was measured on 4 H200." in lines[18]
+    assert "3.1 % = 0 - projection/error_on_4 * 100" in lines[-1]
+    document["projection"]["error_on_8"] = 0.021
+    lines = readme_table.lines(document)
+    assert "measured on 4 H200 and 2.1 % above what was measured on 8 H200." in lines[18]
+    assert "2.1 % = projection/error_on_8 * 100" in lines[-1]
 
 
 def test_the_program_writes_the_page(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +171,7 @@ def test_the_program_writes_the_page(results: Path, monkeypatch: pytest.MonkeyPa
     text = (root / "README.md").read_text()
     assert text.startswith("a\n<!-- published lines: x -->\n| published line") and text.endswith("-->\nb\n")
     assert "401.5 s" in text and "old" not in text
-    assert json.loads((results / "readme-table.json").read_text())["rows"]["baseline"]["on_4_s"] == 401.5
+    assert json.loads((results / "readme-table.json").read_text())["rows"]["baseline"]["on"]["4"]["video_s"] == 401.5
     (root / "README.md").write_text("a\n")
     with pytest.raises(SystemExit, match="the page has no part between <!-- published lines"):
         readme_table.main()

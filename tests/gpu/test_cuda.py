@@ -75,6 +75,8 @@ def test_a_video_can_be_made_again_bit_for_bit(wanfast: Wanfast, workdir: Path, 
     assert (workdir / "again.mp4").read_bytes() == (workdir / "out.mp4").read_bytes()
     document = json.loads((workdir / "out.json").read_text())
     assert document["hardware"]["device"] == torch.cuda.get_device_name()
+    steps, denoise = document["step_s"], document["seconds"]["denoise"]
+    assert min(steps) > 0 and 0.5 * denoise < sum(steps) <= denoise + 0.001 * len(steps)
     print({name: document[name] for name in ("seconds", "peak_memory_bytes", "hardware")})
 
 

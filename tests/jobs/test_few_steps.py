@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -231,7 +230,8 @@ def test_distilled_weights_are_required_with_the_line_to_type(wanfast: Wanfast, 
     hybrid = f"error: --recipe hybrid needs distilled weights of the low-noise expert: {low}\n"
     assert wanfast(*a14b, "hybrid").err == hybrid
     assert wanfast(*a14b, "lightning-8", *PAIR[:2]).err.endswith(f"of the low-noise expert: {low}\n")
-    assert refused(wanfast, "--recipe", "rcm-4", *PAIR[2:]) == (
+    own = ("--model", str(lora_files.tiny_without_loras(workdir)), "--recipe")
+    assert refused(wanfast, *own, "rcm-4", *PAIR[2:]) == (
         "--recipe rcm-4 needs distilled weights of the high-noise expert: add `--lora-high-noise FILE`, or "
         "`--high-noise-expert FILE`"
     )
@@ -239,20 +239,19 @@ def test_distilled_weights_are_required_with_the_line_to_type(wanfast: Wanfast, 
         "needs distilled weights of both experts: add `--lora-high-noise FILE --lora-low-noise FILE`, or "
         "`--high-noise-expert FILE --low-noise-expert FILE`"
     )
-    assert refused(wanfast, "--recipe", "lightning-4") == f"--recipe lightning-4 {of_tiny}"
+    assert refused(wanfast, *own, "lightning-4") == f"--recipe lightning-4 {of_tiny}"
     Path("both.safetensors").write_bytes(Path("high_noise.safetensors").read_bytes())
-    assert planned(wanfast, "--recipe", "lightning-4", "--lora", "both.safetensors")["forwards"] == 4
+    assert planned(wanfast, *own, "lightning-4", "--lora", "both.safetensors")["forwards"] == 4
     experts = [
         f"--{half}-noise-expert={model_files.TINY / folder}"
         for half, folder in (("high", "transformer"), ("low", "transformer_2"))
     ]
-    assert planned(wanfast, "--recipe", "lightning-4", *experts)["forwards"] == 4
-    assert "of the low-noise expert" in refused(wanfast, "--recipe", "lightning-4", experts[0])
+    assert planned(wanfast, *own, "lightning-4", *experts)["forwards"] == 4
+    assert "of the low-noise expert" in refused(wanfast, *own, "lightning-4", experts[0])
 
 
 def test_a_model_may_bring_the_loras_of_a_recipe(wanfast: Wanfast, pair: None, workdir: Path) -> None:
-    own = workdir / "own"
-    shutil.copytree(model_files.TINY, own, copy_function=os.link)
+    own = lora_files.tiny_without_loras(workdir)
     for name in ("high_noise", "low_noise"):
         (own / "loras/lightning-4").mkdir(parents=True, exist_ok=True)
         shutil.copy(f"{name}.safetensors", own / "loras/lightning-4")
@@ -271,10 +270,11 @@ def test_a_model_may_bring_the_loras_of_a_recipe(wanfast: Wanfast, pair: None, w
     assert "distilled weights of the low-noise expert" in wanfast(*line, "hybrid", "--dry-run").err
 
 
-def test_a_handle_takes_the_recipe_and_the_weights_by_either_call(pair: None) -> None:
+def test_a_handle_takes_the_recipe_and_the_weights_by_either_call(pair: None, workdir: Path) -> None:
     """`make` may name the LoRAs, so that `open` does not miss them."""
     both = {"lora_high_noise": "high_noise.safetensors", "lora_low_noise": "low_noise.safetensors"}
-    opened = Opened.of({"model": "tiny", "device": "cpu", "recipe": "lightning-4", "num_gpus": 2})
+    own = str(lora_files.tiny_without_loras(workdir))
+    opened = Opened.of({"model": own, "device": "cpu", "recipe": "lightning-4", "num_gpus": 2})
     assert (opened.placed.mesh.cfg, opened.placed.mesh.ulysses) == (1, 2)  # nothing is guided
     video = {"image": "cat.png", "prompt": "a cat"}
     assert opened.plan(video | both).num_forwards == 4

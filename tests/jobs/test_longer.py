@@ -92,7 +92,11 @@ def test_a_run_of_several_clips_loads_the_models_once_and_is_repeated(
     again = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json").document
     assert again["output_sha256"] == made["output_sha256"]
     one = wanfast(*TWO[:-2], "--output", "one.mp4", "--json", "--contact-sheet").document
-    assert made["seconds"]["denoise"] > made["first_step_s"] and one["effective"]["video"]["prompt"] == "a cat"
+    assert len(made["step_s"]) == 2 * sum(made["plan"]["steps"].values()) and made["step_s"][0] == made["first_step_s"]
+    assert (
+        made["seconds"]["denoise"] >= sum(made["step_s"]) - 0.01 > made["first_step_s"]
+        and one["effective"]["video"]["prompt"] == "a cat"
+    )
     first, alone = (np.asarray(Image.open(sheet))[:48, :64] for sheet in ("out.png", "one.png"))
     assert (first == alone).all() and first.std() > 1  # an mp4 is lossy, and its first frame depends on later ones
 
@@ -194,13 +198,14 @@ def test_the_figures_of_clips_are_summed_or_the_largest() -> None:
     def clip(seconds: dict[str, float], peaks: list[int], anew: int, check: dict[str, float] | None) -> Any:
         memory = {"peak_memory_bytes": max(peaks), "peak_memory_bytes_by_rank": peaks}
         figures = {"seconds": seconds, "compiled_anew": anew, "attention_check": check, "first_step_s": anew + 1}
-        return SimpleNamespace(figures={**figures, **memory})
+        return SimpleNamespace(figures={**figures, **memory, "step_s": [anew + 1, 0.5]})
 
     first = clip({"load": 4.0, "decode": 1.0}, [5, 2], 3, {"largest": 0.1})
     found = figures_of([first, clip({"decode": 2.0, "text": 0.5}, [4, 3], 1, {"largest": 0.2})])
     assert found["seconds"] == {"load": 4.0, "decode": 3.0, "text": 0.5}
     assert (found["peak_memory_bytes"], found["peak_memory_bytes_by_rank"]) == (5, [5, 3])
     assert (found["compiled_anew"], found["attention_check"], found["first_step_s"]) == (4, {"largest": 0.2}, 4)
+    assert found["step_s"] == [4, 0.5, 2, 0.5]
     assert figures_of([clip({"load": 4.0}, [5], 0, None)])["attention_check"] is None
 
 

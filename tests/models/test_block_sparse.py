@@ -11,11 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tests.parity import relative_error
 from wanfast.runtime.engine import attention_probe
+from wanfast.runtime.models import block_sparse
 from wanfast.runtime.models.attention_router import block_lists, block_scores
-from wanfast.runtime.models.block_sparse import BlockLists, _by_fa4, block_sparse_attention
+from wanfast.runtime.models.block_sparse import BlockLists, _by_fa4, block_sparse_attention, listed_attention
 
 
 def qkv(length: int, heads: int = 2, seed: int = 0, head_dim: int = 8) -> list[Tensor]:
@@ -93,6 +95,25 @@ def test_an_empty_list_is_refused() -> None:
     mask[0, 1, 2] = False
     with pytest.raises(ValueError, match="no block of keys"):
         block_sparse_attention(q, k, v, lists_of(mask), 8)
+
+
+def test_the_router_lists_no_empty_list() -> None:
+    q, k, _ = qkv(32)
+    with pytest.raises(ValueError, match="no block of keys"):
+        block_lists(q, k, 8, (2, 0), 0)
+
+
+def test_the_host_does_not_wait_for_the_lists_of_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake tensor has no values, so reading one is an error; the kernel is a stand-in."""
+    monkeypatch.setattr(block_sparse, "_by_fa4", lambda q, k, v, lists, block: q)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, 32, 2, 8, device="cuda") for _ in "qkv")
+        lists = BlockLists(
+            *(torch.ones(shape, dtype=torch.int32, device="cuda") for shape in ((1, 2, 4), (1, 2, 4, 2)))
+        )
+        assert listed_attention(q, k, v, lists, 8) is q
+        with pytest.raises(DataDependentOutputException):
+            block_sparse_attention(q, k, v, lists, 8)
 
 
 @given(

@@ -1,12 +1,15 @@
-"""Measures what MagCache saves and costs on the tiny model; `make tiny-magcache` runs this module.
+"""Measures what fewer forwards save and cost on the tiny model; `make tiny-magcache` runs this module.
 
 Held-out pairs of image and prompt go through the pipeline without skipping, and then with every setting of MagCache.
 Each setting makes three videos. The first video follows the greedy plan, which skips until the error reaches a
 threshold. The second video follows the least-error plan: it skips as many forwards as the greedy plan, within the same
 limits, but with the least accumulated error. The third video follows the least-error plan too, but extrapolates the
-residuals of skipped forwards. Each video is compared with the unskipped video (PSNR, SSIM) and with the true clip
-(PSNR), and the tracker classifies the video's motion. The command writes JSON and plots quality over the share of
-skipped forwards.
+residuals of skipped forwards.
+More videos are made with guidance that stops at a gate. Others follow the recipe `hybrid`, if the model's folder holds
+LoRAs for it. One gate and the hybrid are also combined with both caches: residuals that are used again, and residuals
+that are extrapolated.
+Each video is compared with the unskipped video of the same seed (PSNR, SSIM) and with the true clip (PSNR), and the
+tracker classifies the video's motion. The command writes JSON and plots quality over the share of saved forwards.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ import numpy as np
 import torch
 
 from wanfast.quality import metrics
+from wanfast.quality.distilled import PAIR, distilled, missing_lora
 from wanfast.quality.tiny import Judge, Settings, judge_all, require_plotting, share_right, write
 from wanfast.quality.tracking import classify
-from wanfast.quality.world import SIZE
-from wanfast.runtime.config import magcache_settings
+from wanfast.runtime.config import EffectiveConfig, magcache_settings
 from wanfast.runtime.engine import pixels
 from wanfast.runtime.facts.choices import MagCacheRule
 from wanfast.runtime.machine.packages import commit, versions
@@ -47,63 +50,94 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 )
 
 
+GATES = (0.3, 0.5, 0.7)
+CACHED_GATE = 0.5  # it and the hybrid are also measured with both caches, by this setting:
+CACHED: tuple[MagCacheRule, str] = ("both-experts", "E012K2R20")
+
+PlanKind = Literal["no skips", "greedy", "least error", "extrapolated"]
+
+
 @dataclass(frozen=True)
 class SkippingWay:
-    """Holds one way to skip forwards: a setting of MagCache, a kind of plan, and the plan.
+    """Holds one way to save forwards: the name of its settings, a kind of plan of skips, and the plan.
 
-    The setting has two parts. `rule` is the value of --magcache-rule. `name` gives the limits: E012K2R20 means
-    threshold 0.12, at most 2 skips in a row, retention ratio 0.2.
+    For example, the settings "E012K2R20, both-experts" mean threshold 0.12, at most 2 skips in a row, retention ratio
+    0.2, and --magcache-rule both-experts.
     """
 
-    rule: MagCacheRule
-    name: str
-    kind: Literal["greedy", "least error", "extrapolated"]
+    settings: str
+    kind: PlanKind
     plan: Plan
 
 
 def ways(full: Plan, judge: Judge) -> list[SkippingWay]:
-    """Returns three `SkippingWay` objects for each setting.
+    """Returns three `SkippingWay` objects for each setting of MagCache."""
+    return [
+        SkippingWay(f"{name}, {rule}", kind, plan)
+        for rule, name in SETTINGS
+        for kind, plan in cached(full, judge, rule, name).items()
+    ]
 
-    The first has the greedy plan. The second has the least-error plan with the same number of skips. The third has the
+
+def cached(full: Plan, judge: Judge, rule: MagCacheRule, name: str) -> dict[PlanKind, Plan]:
+    """Returns the plans by which MagCache skips forwards of the plan `full`, with the setting of `rule` and `name`.
+
+    The first is the greedy plan. The second is the least-error plan with the same number of skips. The third is the
     same plan as the second, but with extrapolated residuals.
     """
+    settings = magcache_settings(name)
+    assert settings is not None
+    threshold, max_skips, retention = settings
+    limits = {"magcache": "preset", "magcache_k": max_skips, "retention_ratio": retention, "magcache_rule": rule}
+    limits["magcache_joint"] = "off"  # as published
+    config = full.config.replace(**limits, magcache_thresh=threshold)
+    greedy = dataclasses.replace(full, config=config, curve=curve_of(config, judge.files))
+    best_config = config.replace(magcache_thresh=None, magcache_skip=sum(map(sum, greedy.skips)))
+    best = dataclasses.replace(greedy, config=best_config)
+    extrapolated = dataclasses.replace(best, config=best_config.replace(magcache_extrapolate=True))
+    return {"greedy": greedy, "least error": best, "extrapolated": extrapolated}
+
+
+def other_ways(full: Plan, judge: Judge) -> list[SkippingWay]:
+    """Returns the ways to save forwards by gates of guidance, and by the recipe `hybrid` if the model has LoRAs."""
+    plans = {f"gate {gate:g}": _planned(judge, full.config.replace(guidance_gate=gate)) for gate in GATES}
+    both_caches = {f"gate {CACHED_GATE:g}"}
+    if not missing_lora(judge.files, "hybrid", PAIR):
+        plans["hybrid"] = _planned(judge, distilled(full.config, "hybrid", judge.files, PAIR))
+        both_caches |= {"hybrid"}
     found = []
-    for rule, name in SETTINGS:
-        settings = magcache_settings(name)
-        assert settings is not None
-        threshold, max_skips, retention = settings
-        limits = {"magcache": "preset", "magcache_k": max_skips, "retention_ratio": retention, "magcache_rule": rule}
-        limits["magcache_joint"] = "off"  # as published
-        config = full.config.replace(**limits, magcache_thresh=threshold)
-        greedy = dataclasses.replace(full, config=config, curve=curve_of(config, judge.files))
-        number = sum(map(sum, greedy.skips))
-        best_config = config.replace(magcache_thresh=None, magcache_skip=number)
-        best = dataclasses.replace(greedy, config=best_config)
-        extrapolated = dataclasses.replace(best, config=best_config.replace(magcache_extrapolate=True))
-        found += [
-            SkippingWay(rule, name, "greedy", greedy),
-            SkippingWay(rule, name, "least error", best),
-            SkippingWay(rule, name, "extrapolated", extrapolated),
-        ]
+    for name, plan in plans.items():
+        found.append(SkippingWay(name, "no skips", plan))
+        if name in both_caches:
+            rule, setting = CACHED
+            of_kind = cached(plan, judge, rule, setting)
+            kinds: tuple[PlanKind, ...] = ("least error", "extrapolated")
+            found += [SkippingWay(f"{name}, {setting}, {rule}", kind, of_kind[kind]) for kind in kinds]
     return found
 
 
+def _planned(judge: Judge, config: EffectiveConfig) -> Plan:
+    side = judge.settings.side
+    return Plan.of(config, judge.files.spec, (side, side))
+
+
 @torch.inference_mode()
-def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
+def judged(judge: Judge, task: tuple[int, bool]) -> list[dict[str, Any]]:
     """Makes videos from one held-out scene, and returns a row of metrics for each video.
 
-    The first row is for the video without skipping. Each other row is for one `SkippingWay`.
+    `task` holds the scene's index, and says whether gates and the hybrid are measured too. The first row is for the
+    video without skipping. Each other row is for one `SkippingWay`, in the order of `ways` and `other_ways`.
     """
+    index, with_others = task
     scene, truth = judge.held_out(index)
-    full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))
+    full = _planned(judge, judge.config.replace(seed=index))
     reference = judge.by_plan(judge.pipeline, full, scene.caption, truth[:, 0])
-    made = {_key(full): reference}  # plans that skip the same forwards in the same way make the same video
+    made = {_key(full): reference}  # plans that compute the same forwards in the same way make the same video
     rows = []
-    for way in (None, *ways(full, judge)):
-        plan = way.plan if way else full
+    for plan in (full, *(way.plan for way in _all_ways(full, judge, with_others))):
         key = _key(plan)
         if key not in made:
-            made[key] = judge.by_plan(judge.pipeline, plan, scene.caption, truth[:, 0])
+            made[key] = judge.by_plan(judge.pipeline_of(plan.config), plan, scene.caption, truth[:, 0])
         video = made[key]
         rows.append(
             {
@@ -117,29 +151,36 @@ def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _all_ways(full: Plan, judge: Judge, with_others: bool) -> list[SkippingWay]:
+    return [*ways(full, judge), *(other_ways(full, judge) if with_others else [])]
+
+
 def _key(plan: Plan) -> tuple[object, ...]:
     skipping = plan.config.skipping
-    return (*plan.skips, skipping is not None and skipping.magcache_extrapolate)
+    extrapolates = skipping is not None and skipping.magcache_extrapolate
+    return plan.config.models, plan.levels, (*plan.guided,), (*plan.skips,), extrapolates
 
 
-def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
+def summarise(results: list[list[dict[str, Any]]], judge: Judge, *, with_others: bool) -> list[dict[str, Any]]:
     """Returns rows of metrics; each metric is averaged over all held-out scenes.
 
-    The first row is for the videos without skipping. Each other row is for one `SkippingWay`.
+    The first row is for the videos without skipping. Each other row is for one `SkippingWay`. Its skipped forwards are
+    all forwards that the unskipped video has and this video has not, whether a cache, a gate or a recipe saves them.
     """
-    full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
+    full = _planned(judge, judge.config)
     found: list[dict[str, Any]] = []
-    for number, way in enumerate((None, *ways(full, judge))):
+    for number, way in enumerate((None, *_all_ways(full, judge, with_others))):
         rows = [result[number] for result in results]
-        plan = (way and magcache_json(way.plan)) or {"skipped_forwards": 0, "skipped_share": 0.0}
+        plan = way.plan if way else full
+        saved = full.num_forwards - plan.num_forwards + sum(map(sum, plan.skips))
         compared = [row["psnr_unskipped"] for row in rows if row["psnr_unskipped"] is not None]
         found.append(
             {
-                "settings": f"{way.name}, {way.rule}" if way else "off",
+                "settings": way.settings if way else "off",
                 "plan": way.kind if way else None,
-                "skipped_forwards": plan["skipped_forwards"],
-                "skipped_share": plan["skipped_share"],
-                "accumulated_error": plan.get("accumulated_error"),
+                "skipped_forwards": saved,
+                "skipped_share": round(saved / full.num_forwards, 4),
+                "accumulated_error": (magcache_json(plan) or {}).get("accumulated_error"),
                 "psnr_unskipped": round(float(np.mean(compared)), 2) if compared else None,
                 "ssim_unskipped": round(float(np.mean([row["ssim_unskipped"] for row in rows])), 4),
                 "psnr": round(float(np.mean([row["psnr"] for row in rows])), 2),
@@ -149,10 +190,10 @@ def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[st
     return found
 
 
-def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Plots PSNR, SSIM and the share of videos that follow the prompt, over the share of skipped forwards.
+def plot(rows: list[dict[str, Any]], others: list[dict[str, Any]], file: Path) -> None:
+    """Plots PSNR, SSIM and the share of videos that follow the prompt, over the share of saved forwards.
 
-    PSNR and SSIM compare each video with the unskipped video.
+    PSNR and SSIM compare each video with the unskipped video. `others` are the rows of gates and of the hybrid.
     """
     from matplotlib.figure import Figure
 
@@ -168,42 +209,54 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     ):
         for rule, colour in (("low-noise-only", "tab:blue"), ("both-experts", "tab:orange")):
             for kind, mark in (("greedy", "o-"), ("least error", "x--"), ("extrapolated", "^:")):
-                chosen = sorted(
-                    (row["skipped_share"], row[name]["share"] if name == "prompt_following" else row[name])
-                    for row in rows
-                    if row["plan"] == kind and row["settings"].endswith(rule)
-                )
-                if chosen:
+                if chosen := _points(rows, name, kind, rule):
                     axes.plot(*zip(*chosen, strict=True), mark, color=colour, label=f"{rule}, {kind}")
-        axes.set(xlabel="share of skipped forwards", ylabel=label)
+        for kind, mark in (("no skips", "s"), ("least error", "x"), ("extrapolated", "^")):
+            if chosen := _points(others, name, kind):
+                axes.plot(*zip(*chosen, strict=True), mark, color="tab:green", label=f"gates, hybrid: {kind}")
+        axes.set(xlabel="share of saved forwards", ylabel=label)
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=110)
+
+
+def _points(rows: list[dict[str, Any]], name: str, kind: str, ending: str = "") -> list[tuple[float, float]]:
+    """Returns (share of saved forwards, metric `name`) of the rows of one kind whose settings have this ending."""
+    return sorted(
+        (row["skipped_share"], row[name]["share"] if name == "prompt_following" else row[name])
+        for row in rows
+        if row["plan"] == kind and row["settings"].endswith(ending)
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument(
-        "--output", type=Path, default=None, help="JSON file; a PNG file with the plot is written beside it"
-    )
+    parser.add_argument("--model", default="tiny", help="a model for which a curve of MagCache ships")
+    parser.add_argument("--only-magcache", action="store_true", help="leave out gates and the hybrid")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
     options = parser.parse_args()
     require_plotting(parser, options.output)
-    spec = model_files.locate("tiny", "artifacts").spec
-    settings = Settings("tiny", spec.steps, spec.guidance_high_noise, "bf16")
+    files, with_others = model_files.locate(options.model, "artifacts"), not options.only_magcache
+    if with_others and (missing := missing_lora(files, "hybrid", PAIR)):
+        print(f"hybrid: left out, because {missing} is missing", flush=True)
+    settings = Settings(options.model, files.spec.steps, files.spec.guidance_high_noise, "bf16")
     started = time.perf_counter()
-    results = judge_all(judged, range(options.pairs), settings, options.processes, every=5)
-    rows = summarise(results, Judge(settings))
-    for row in rows:
+    tasks = [(index, with_others) for index in range(options.pairs)]
+    results = judge_all(judged, tasks, settings, options.processes, every=5)
+    found = summarise(results, Judge(settings), with_others=with_others)
+    rows, others = found[: 1 + 3 * len(SETTINGS)], found[1 + 3 * len(SETTINGS) :]
+    for row in found:
         quality = f"PSNR {row['psnr_unskipped'] or 0:5.2f} dB, SSIM {row['ssim_unskipped']:.4f} to the unskipped video"
         right = f"{row['prompt_following']['right']} of {row['prompt_following']['of']} prompts"
-        print(f"{row['settings']:30} {row['plan'] or '':12} {row['skipped_share']:6.1%} skipped: {quality}; {right}")
+        print(f"{row['settings']:34} {row['plan'] or '':12} {row['skipped_share']:6.1%} saved: {quality}; {right}")
     seconds = round(time.perf_counter() - started, 1)
-    document = {"pairs": options.pairs, "rows": rows, "seconds": seconds, "commit": commit(), "versions": versions()}
+    document = {"pairs": options.pairs, "rows": rows, "gates_and_hybrid": others, "seconds": seconds}
+    document |= {"commit": commit(), "versions": versions()}
     if options.output is not None:
         write(document, options.output)
-        plot(rows, options.output.with_suffix(".png"))
+        plot(rows, others, options.output.with_suffix(".png"))
     print(json.dumps(document))
 
 

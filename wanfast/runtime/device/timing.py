@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -28,25 +30,46 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-class FirstStep:
-    """Measures the seconds of the first step, including compilation.
+class StepTimes:
+    """Measures the seconds of each step; on a GPU by events, so that no step waits for the GPU.
 
-    Call the object before and after every step, with the number of finished steps. After the first step, calls do
-    nothing.
+    Call the object before and after every step. The seconds of the first step include compilation.
     """
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._started = 0.0
-        self.seconds = 0.0
+        self._moments: list[Any] = []  # the start of the first step, then the end of each step
 
     def __call__(self, done: int) -> None:
-        if self.seconds == 0.0 and done <= 1:
-            synchronize(self._device)
-            if done == 0:
-                self._started = time.perf_counter()
-            else:
-                self.seconds = time.perf_counter() - self._started
+        """Notes the moment at which `done` steps are finished; a second call with the same number does nothing."""
+        if done == len(self._moments):
+            self._moments.append(_event() if self._device == "cuda" else _Moment())
+
+    def seconds(self) -> list[float]:
+        """Returns the seconds of each finished step; waits until the GPU has finished the last step."""
+        for last in self._moments[-1:]:
+            last.synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(self._moments)]
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+class _Moment:
+    """Replaces an event on a CPU, which has finished its work when a call returns."""
+
+    def __init__(self) -> None:
+        self._at_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Waits for nothing."""
+
+    def elapsed_time(self, end: _Moment) -> float:
+        """Returns the milliseconds from this moment to `end`."""
+        return (end._at_s - self._at_s) * 1000
 
 
 def synchronize(device: str) -> None:

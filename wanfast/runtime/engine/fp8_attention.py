@@ -68,7 +68,7 @@ class Fp8Attention(LossyAttention):
         assert self._forward is not None
         sequence = self._forward.ranks.sequence
         first, count = sequence.own(self._num_tokens)
-        rows = self._rows(self._layer, self._num_tokens).to(q.device)
+        rows = self._rows(self._layer, self._num_tokens).to(q.device, non_blocking=True)
         errors = sampled_errors(q[0], k[0, :count], v[0, :count], out[0], rows, first, sequence.stack)
         self._keep(self._layer, errors, range(self._num_heads))
         return errors

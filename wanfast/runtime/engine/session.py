@@ -24,7 +24,7 @@ from torch import Tensor
 from wanfast.runtime.config import EffectiveConfig, ModelsConfig, VideoConfig
 from wanfast.runtime.config.models import is_artifacts_dir_named, without_loras
 from wanfast.runtime.device import hardware
-from wanfast.runtime.device.timing import FirstStep, Stopwatch
+from wanfast.runtime.device.timing import StepTimes, Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import attention_probe, cudnn_engines, pixels
 from wanfast.runtime.engine.compilation import (
@@ -202,10 +202,10 @@ class Session:
         compile_cache = self._warm_start(plan, pipeline.attention.exact) if config.models.compile else None
         compiled = compiled_anew() if config.models.compile else 0
         hardware.reset_peak_memory(config.ranks.device)
-        first_step = FirstStep(ranks.device)
+        times = StepTimes(ranks.device)
 
         def stepped(done: int, expert: Expert) -> None:
-            first_step(done)
+            times(done)
             on_step(done, expert)
 
         with cudnn_engines.kept_engines(plan, ranks) as engines:
@@ -214,9 +214,11 @@ class Session:
             frames = pipeline.frames(latent, plan.geometry, self.watch, on_frames)
         peaks = ranks.gather(hardware.peak_memory_bytes(config.ranks.device))
         recompiled = max(ranks.gather(compiled_anew() - compiled if config.models.compile else 0))
+        step_s = [round(seconds, 4) for seconds in times.seconds()]
         figures = {
             "seconds": dict(self.watch.seconds),
-            "first_step_s": round(first_step.seconds, 3),
+            "first_step_s": step_s[0],
+            "step_s": step_s,
             "attention": dataclasses.asdict(pipeline.attention),
             "attention_check": pipeline.lossy.report() if pipeline.lossy else None,
             "cudnn_engines": cudnn_engines.digest(engines),

@@ -32,7 +32,7 @@ from wanfast.runtime.models.attention_check import errors_by_length, fp8_errors,
 from wanfast.runtime.models.attention_fp8 import attention_in_fp8
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.attention_router import block_lists, block_order
-from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attention
+from wanfast.runtime.models.block_sparse import BlockLists, listed_attention
 from wanfast.runtime.models.bricks import TokenOrder, brick_order
 from wanfast.runtime.models.dit import SelfAttention, WanDiT
 from wanfast.runtime.models.lossy import lossy_attention
@@ -132,7 +132,7 @@ class SparseAttention(LossyAttention):
         heads = sparsity.assigned(listed, ulysses)[forward.ranks.rank % ulysses]
         own_q = q[:, : k.shape[1]]  # the rows behind are Ulysses' padding
         kept = sparsity.first_blocks, sparsity.last_blocks
-        rows = self._rows(layer, k.shape[1])[list(heads)].to(k.device) if self.is_checked else None
+        rows = self._rows(layer, k.shape[1])[list(heads)].to(k.device, non_blocking=True) if self.is_checked else None
         if self._ladder:
             assert rows is not None, "errors are not checked"
             order = self._chosen(forward, layer, lambda: block_order(own_q, k, BLOCK, *kept))
@@ -145,7 +145,8 @@ class SparseAttention(LossyAttention):
         out = _attended(own_q, k, v, ways)
         if rows is not None:
             self._keep(layer, sampled_errors(own_q[0], k[0], v[0], out[0], rows), heads)
-        return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - k.shape[1]))
+        missing = q.shape[1] - k.shape[1]
+        return F.pad(out, (0, 0, 0, 0, 0, missing)) if missing else out  # by 0, it would copy
 
     def _chosen(self, forward: Forward, layer: int, choose: Callable[[], T]) -> T:
         """Returns what was chosen for this branch and layer; chooses again if nothing may be used any more."""
@@ -182,8 +183,8 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, ways: _Ways) -> Tensor:
     if ways.lists is None:
         return attention_in_fp8(q, k, v)
     if ways.places is None:
-        return block_sparse_attention(q, k, v, ways.lists, BLOCK)
-    by_lists: AttentionFn = partial(block_sparse_attention, lists=ways.lists, block=BLOCK)
+        return listed_attention(q, k, v, ways.lists, BLOCK)
+    by_lists: AttentionFn = partial(listed_attention, lists=ways.lists, block=BLOCK)
     out = torch.empty_like(q)
     for place, attend in zip(ways.places, (by_lists, attention_in_fp8), strict=True):
         own_q, own_k, own_v = (x.index_select(2, place) for x in (q, k, v))

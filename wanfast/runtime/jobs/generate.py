@@ -176,13 +176,14 @@ def _plan_of(job: Job, made: list[Made]) -> Plan:
 
 
 def figures_of(made: list[Made]) -> dict[str, Any]:
-    """Returns the figures of the whole video: sums of the clips' seconds, and the largest memory and errors."""
+    """Returns the figures of the whole video: sums of the clips' seconds, all steps, the largest memory and errors."""
     figures, *_ = every = [clip.figures for clip in made]
     stages = dict.fromkeys(stage for each in every for stage in each["seconds"])
     checks = [each["attention_check"] for each in every if each["attention_check"]]
     peaks = zip(*(each["peak_memory_bytes_by_rank"] for each in every), strict=True)
     return figures | {
         "seconds": {stage: sum(each["seconds"].get(stage, 0.0) for each in every) for stage in stages},
+        "step_s": [seconds for each in every for seconds in each["step_s"]],
         "attention_check": max(checks, key=lambda check: check["largest"] or 0.0, default=None),
         "compiled_anew": sum(each["compiled_anew"] for each in every),
         "peak_memory_bytes": max(each["peak_memory_bytes"] for each in every),

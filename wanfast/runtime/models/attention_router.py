@@ -37,10 +37,13 @@ def block_lists(
     """Returns lists of `listed[head]` blocks of keys, one list for each head and each block of queries.
 
     The tokens must be in brick order, and q and k have the same number of tokens. `block` is the number of tokens in a
-    block, a multiple of 4. The first `first_blocks` and the last `last_blocks` blocks are in every list.
+    block, a multiple of 4. The first `first_blocks` and the last `last_blocks` blocks are in every list. Raises
+    ValueError if a list would be empty.
     """
+    if min(listed) < 1:
+        raise ValueError("a block of queries has no block of keys")
     order = _in_order(choice_scores(q_BLHD, k_BLHD, block, first_blocks, last_blocks))[..., : max(listed)]
-    counts = torch.tensor(listed, dtype=torch.int32, device=order.device)[:, None]
+    counts = torch.tensor(listed, dtype=torch.int32).to(order.device, non_blocking=True)[:, None]  # the host goes on
     behind = torch.arange(max(listed), device=order.device) >= counts[..., None]  # the end of a shorter list
     blocks = order.masked_fill(behind, order.shape[-2]).sort().values.int().masked_fill_(behind, 0)
     return BlockLists(counts.expand(blocks.shape[:-1]).contiguous(), blocks)

@@ -30,10 +30,19 @@ class BlockLists(NamedTuple):
 def block_sparse_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
     """Returns softmax(q k^T / sqrt(D)) v over the keys of the listed blocks, [B, L, H, D] in the dtype of q.
 
-    `block`: the number c of tokens in a block. Raises ValueError if a list is empty, because a softmax needs keys.
+    `block`: the number c of tokens in a block. Raises ValueError if a list is empty, because a softmax needs keys. To
+    read the lengths of the lists, the host waits for the GPU.
     """
     if not bool((lists.counts > 0).all()):
         raise ValueError("a block of queries has no block of keys")
+    return listed_attention(q_BLHD, k_BLHD, v_BLHD, lists, block)
+
+
+def listed_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
+    """Computes `block_sparse_attention` for lists of which none is empty, such as those of the router.
+
+    Nothing is checked, so that the host does not wait for the GPU.
+    """
     return (_by_fa4 if q_BLHD.is_cuda else emulated)(q_BLHD, k_BLHD, v_BLHD, lists, block)
 
 

@@ -1,0 +1,185 @@
+"""Compares distilled weights of few steps with their teacher and with plain weights; `make tiny-few-steps` runs this.
+
+The teacher is the model itself with all its guided steps. The student runs a few-step recipe, with the pair of LoRAs
+from the model's folder. The other videos are made by plain weights in as many steps as the student's: at the recipe's
+noise levels, and as `--steps` spaces them, each without and with guidance. All videos of a held-out pair of image and
+prompt have the same seed. A video is compared with the teacher's (PSNR, SSIM), and its first frame with the image. Its
+motion is classified. The paired PSNR is the student's PSNR to the teacher minus that of plain weights: it is above 0 if
+the student is nearer to the teacher. The command prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from wanfast.quality import metrics
+from wanfast.quality.distilled import PAIR, distilled, missing_lora, undistilled
+from wanfast.quality.tiny import (
+    Judge,
+    Mover,
+    judge_all,
+    mean_of,
+    movers_of,
+    parser_of,
+    settings_of,
+    share_of,
+    share_right,
+    shown,
+    write,
+)
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.config.recipes import FEW_STEPS, RECIPES
+from wanfast.runtime.device import hardware
+from wanfast.runtime.engine import pixels
+from wanfast.runtime.facts.choices import EXPERTS, RecipeName
+from wanfast.runtime.machine.packages import commit, versions
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.store import model_files
+
+TEACHER, STUDENT = "teacher", "student"
+RECIPES_OF_PAIRS = tuple(
+    name for name in FEW_STEPS if RECIPES[name].distilled == EXPERTS and not RECIPES[name].num_images
+)
+
+
+@dataclass(frozen=True)
+class FewStepsTask:
+    """Names a held-out pair of image and prompt, and the recipe of the student."""
+
+    index: int
+    mover: Mover
+    recipe: RecipeName = PAIR
+
+
+def configs(judge: Judge, recipe: RecipeName) -> dict[str, EffectiveConfig]:
+    """Returns {name of a way: its config}: the teacher, the student, and four ways of plain weights."""
+    teacher, same = judge.config, undistilled(judge.config, recipe)
+    assert same.video.levels is not None
+    as_spaced = teacher.replace(steps=len(same.video.levels))
+    guided = {f"guidance_{expert}": judge.settings.guidance for expert in EXPERTS}
+    unguided = {f"guidance_{expert}": 1.0 for expert in EXPERTS}
+    return {
+        TEACHER: teacher,
+        STUDENT: distilled(teacher, recipe, judge.files, recipe),
+        "plain": same,
+        "plain, guided": same.replace(**guided),
+        "plain, as --steps": as_spaced.replace(**unguided),
+        "plain, as --steps, guided": as_spaced,
+    }
+
+
+def plans(judge: Judge, recipe: RecipeName, seed: int = 0) -> Iterator[tuple[str, Plan]]:
+    """Yields (name of a way, plan of its video), the teacher first."""
+    side = judge.settings.side
+    for name, config in configs(judge, recipe).items():
+        yield name, Plan.of(config.replace(seed=seed), judge.files.spec, (side, side))
+
+
+@torch.inference_mode()
+def judged(judge: Judge, task: FewStepsTask) -> dict[str, Any]:
+    """Makes the video of each way from one held-out pair, and returns their metrics."""
+    scene, truth = judge.held_out(task.index, task.mover)
+    teacher, ways = None, {}
+    for name, plan in plans(judge, task.recipe, task.index):
+        video = judge.by_plan(judge.pipeline_of(plan.config), plan, scene.caption, truth[:, 0])
+        teacher = video if teacher is None else teacher
+        ways[name] = {
+            "shown": shown(task.mover, scene, pixels.to_uint8(video)),
+            "first_frame_psnr": metrics.psnr(video[:, :1], truth[:, :1]),
+            "psnr": metrics.psnr(video, truth),
+            **(
+                {"psnr_teacher": metrics.psnr(video, teacher), "ssim_teacher": metrics.ssim(video, teacher)}
+                if name != TEACHER
+                else {}
+            ),
+        }
+    return {**vars(task), "asked": scene.motion if task.mover == "shape" else scene.camera, "ways": ways}
+
+
+def summarise(results: list[dict[str, Any]], forwards: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
+    """Returns, for what moves in the clips, the rows of all ways; `forwards` holds the forwards of each way's video."""
+    movers = dict.fromkeys(result["mover"] for result in results)
+    return {
+        mover: [
+            {"way": way, "forwards": number, **_figures([r for r in results if r["mover"] == mover], way)}
+            for way, number in forwards.items()
+        ]
+        for mover in movers
+    }
+
+
+def _figures(results: list[dict[str, Any]], way: str) -> dict[str, Any]:
+    rows = [result["ways"][way] for result in results]
+    found = {
+        "prompt_following": share_right([result["asked"] for result in results], [row["shown"] for row in rows]),
+        "first_frame_psnr": round(float(np.mean([row["first_frame_psnr"] for row in rows])), 3),
+        "psnr": round(float(np.mean([row["psnr"] for row in rows])), 3),
+    }
+    if way != TEACHER:
+        found["psnr_teacher"] = mean_of([row["psnr_teacher"] for row in rows])
+        found["ssim_teacher"] = round(float(np.mean([row["ssim_teacher"] for row in rows])), 4)
+    if way not in (TEACHER, STUDENT):
+        pairs = zip([result["ways"][STUDENT] for result in results], rows, strict=True)
+        gains = [student["psnr_teacher"] - row["psnr_teacher"] for student, row in pairs]
+        found["paired_psnr"] = mean_of(gains)
+        found["student_nearer"] = share_of([gain > 0 for gain in gains])
+    return found
+
+
+def said(row: dict[str, Any]) -> str:
+    """Returns the line of one way in the table that the command prints."""
+    following = row["prompt_following"]
+    text = f"{row['way']:26}{row['forwards']:3} forwards, {following['right']:3} of {following['of']} prompts, "
+    text += f"first frame {row['first_frame_psnr']:.1f} dB"
+    if "psnr_teacher" in row:
+        text += f", PSNR to the teacher {row['psnr_teacher']['mean']:.2f} dB"
+    if "paired_psnr" in row:
+        mean, interval = row["paired_psnr"]["mean"], row["paired_psnr"]["95%"]
+        low_to_high = f" (95 % interval {interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
+        text += f"; the student is nearer by {mean:+.2f} dB{low_to_high}"
+    return text
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--recipe", choices=RECIPES_OF_PAIRS, default=PAIR, help="of the student")
+    parser.add_argument("--pairs", type=int, default=100, help="of moving shapes, and as many of photographs")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    options = parser.parse_args()
+    settings = settings_of(parser, options)
+    if missing := missing_lora(model_files.locate(settings.model, "artifacts"), options.recipe, options.recipe):
+        parser.error(f"{missing} is missing: train the pair with `python -m training --stage lora`")
+    movers, started = movers_of(settings), time.perf_counter()
+    tasks = [FewStepsTask(index, mover, options.recipe) for mover in movers for index in range(options.pairs)]
+    results = judge_all(judged, tasks, settings, options.processes, every=10)
+    judge = Judge(settings)
+    forwards = {name: plan.num_forwards for name, plan in plans(judge, options.recipe)}
+    student = configs(judge, options.recipe)[STUDENT].models
+    document = {
+        "settings": vars(settings),
+        "recipe": options.recipe,
+        "lora_sha256": student.lora_sha256,
+        "pairs": options.pairs,
+        **summarise(results, forwards),
+        "seconds": round(time.perf_counter() - started, 1),
+        "hardware": hardware.describe(settings.device),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    if options.output is not None:
+        write(document, options.output)
+    for mover in movers:
+        print(f"what moves: the {mover}", *map(said, document[mover]), sep="\n")
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
