@@ -237,7 +237,7 @@ def test_a_plan_is_refused_or_taken(wanfast: Wanfast, folder: Path, measured: No
         ("--attention-plan 0123456789ab", 3, f"no plan has this key: use one of {key}"),
         ("--attention-plan mine", 2, "--attention-plan mine: use artifact, or the key of a stored plan"),
         ("--density 0.5", 2, "--density and --attention-plan exclude each other: drop one of the two"),
-        ("--attention math", 2, "--attention-plan needs --attention sparse: add it, or drop"),
+        ("--attention math", 2, "--attention-plan needs --attention sparse: use --attention sparse, or drop"),
         ("--dense-share 0.9", 2, "all 3 steps would use dense attention"),
         ("--guidance-gate 0.5 --num-gpus 2 --cfg-parallel 1", 0, ""),
         ("--seed 5 --dense-layers 2", 0, ""),

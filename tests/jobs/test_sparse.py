@@ -90,7 +90,7 @@ def test_a_dry_run_shows_the_density(wanfast: Wanfast) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--density", "0.5"), "--density needs --attention sparse: add it, or drop --density"),
+        (("--density", "0.5"), "--density needs --attention sparse: use --attention sparse, or drop --density"),
         (("--attention", "math", "--lists-every", "2"), "--lists-every needs --attention sparse"),
         (("--attention-check",), "--attention-check needs --attention sparse"),
         (("--dense-layers", "2"), "--dense-layers needs --attention sparse"),

@@ -24,7 +24,7 @@ from wanfast.runtime.planning.progress import ProgressFn
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
-    """Denoises one clip; returns its mean errors [band][layer][head][length], and the seconds of denoising.
+    """Denoises one clip; returns attention's mean errors [band][layer][head][length], and the seconds of denoising.
 
     A length is the number of key blocks in a list of blocks; each tested density gives one length. If float8
     attention runs on all ranks, [length] has one more entry at its end: the error of float8 attention. Raises

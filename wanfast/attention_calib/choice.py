@@ -30,10 +30,11 @@ def is_whole(measured: dict[str, Any], shape: tuple[int, int, int], *, fp8: bool
 def chosen(measured: list[dict[str, Any]], target: float, *, fp8: bool) -> dict[str, Any]:
     """Returns, as a JSON document, the cheapest choices whose error is at most `target` in every clip.
 
-    A clip's error is the mean over the calls of a band. If no choice fits, the head is dense, and has no error. Float8
-    is a choice only if `fp8` is true. "densities" holds the choices [band][layer][head], and null for a dense head.
-    "mean_error" and "largest_error" are over the chosen densities of all heads and clips. The document also holds the
-    errors of every possible choice. "errors" [band][layer][head][choice] holds the largest error over the clips.
+    A clip's error is the mean over the calls of a band. If no choice meets `target`, the head is dense, and its error
+    counts as 0. Float8 is a choice only if `fp8` is true. "densities" holds the choices [band][layer][head], and null
+    for a dense head. "mean_error" and "largest_error" are over the choices that the heads got, in all clips. The
+    document also holds the errors of every possible choice. "errors" [band][layer][head][choice] holds the largest
+    error over the clips.
     "ladder" holds the mean error of each choice over all heads and clips.
     """
     choices = [choice for choice in CHOICES if choice is not None and (fp8 or choice != "fp8")]

@@ -38,7 +38,7 @@ _NOISE = (
 
 
 def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Document:
-    """Returns the JSON document of a report: one row for each recipe, and what was measured with which options."""
+    """Returns the JSON document of a report: one row for each recipe, and what all rows share, such as the clips."""
     made = [_row(row, cells, errors) for row in rows]
     if not bench.files.spec.takes_images:
         made = [{**row, "published_s": None} for row in made]  # the published seconds are of the model that takes some

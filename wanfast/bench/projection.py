@@ -72,7 +72,7 @@ class CostModel:
     start_s: float = 0.0
 
     def forward(self, tokens: int, ulysses: int) -> Terms:
-        """Returns the seconds of one forward, as the terms of the cost model, if `ulysses` ranks share the tokens."""
+        """Returns {term of the cost model: seconds} for one forward in which `ulysses` ranks share the tokens."""
         return {
             "attention": attention_flop(A14B.dit, tokens) / self.attention_flop_s / ulysses,
             "linears": linear_flop(A14B.dit, tokens) / self.linear_flop_s / ulysses,

@@ -71,7 +71,7 @@ def bench(
 ) -> None:
     """Measure recipes side by side: seconds, memory, FLOP, and quality compared with the first recipe.
 
-    An option that you give overrides the same option of every recipe that can use it.
+    If a recipe can use an option that you give, your value overrides the recipe's own value.
     If this machine cannot run a recipe, the recipe's row states the reason.
     Every video is stored when it is done, so that an interrupted run continues with the next video.
     """

@@ -1,4 +1,4 @@
-"""`wanfast calibrate-attention`: finds the least density of each attention head within an error, and stores a plan."""
+"""`wanfast calibrate-attention`: finds each attention head's least density that meets a target error; stores a plan."""
 
 from __future__ import annotations
 
@@ -48,17 +48,18 @@ def calibrate_attention(
     fp8: Annotated[
         bool,
         typer.Option(
-            help="Let a head compute all blocks in float8, if each density that meets --target-error costs more. On "
-            "a GPU, this command and every run with the plan then need FlashAttention-3.",
+            help="Let a head compute all blocks in float8, if float8 meets --target-error and no cheaper density "
+            "does. On a GPU, this command and every run with the plan then need FlashAttention-3.",
             rich_help_panel=LOSSY,
         ),
     ] = False,
     seed: options.SeedOfClips = 0,
     json_: options.Json = False,
 ) -> None:
-    """Find the least density of each attention head that meets --target-error, and store these densities as a plan.
+    """Find, for each attention head, the least density that meets --target-error, and store a plan of these densities.
 
-    A head that no density fits stays dense. `generate --attention-plan artifact` uses the plan.
+    If no density of a head meets --target-error, the head stays dense, or it computes in float8 (--fp8).
+    `generate --attention-plan artifact` uses the plan.
     Each clip is denoised with dense attention; the errors of all densities are measured and stored.
     An interrupted run continues with the next clip. Another --target-error needs no new measurement.
     """
@@ -131,7 +132,7 @@ def calibrated(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a text: the plan's folder and errors, and the mean error if all heads had one of the tried densities."""
+    """Returns a text: the plan's folder and errors, and for each tried density the mean error if all heads had it."""
     how = "was made in an earlier run" if result["was_there"] else f"measured on {result['clips']} clips"
     heads = [density for layers in result["densities"] for of_layer in layers for density in of_layer]
     shares = {None: 1.0, "fp8": FP8_SHARE}

@@ -55,7 +55,7 @@ SeedOfClips = Annotated[
 
 
 def files(name: str) -> Any:
-    """Returns the Typer option `name`, which names files of experts or LoRAs."""
+    """Returns the Typer option `name`, whose values are files of experts or LoRAs."""
     facts = OPTIONS[name].option
     return typer.Option(metavar=facts.metavar, help=facts.help, rich_help_panel=facts.panel)
 

@@ -31,8 +31,8 @@ class Report:
     With `as_json`, plans and results go to stderr instead, and the last line of stdout is one JSON document.
 
     Notes and the errors of the lines of a list always go to stderr.
-    `brief` is true if stdout is not a terminal. Then each result is one line, plans are printed only on request (by
-    `always` of `plans`), and the command shows no progress bars.
+    `brief` is true if stdout is not a terminal. Then each result is one line, plans are printed only if the method
+    `plans` is called with `always=True`, and the command shows no progress bars.
     """
 
     def __init__(self, *, as_json: bool) -> None:

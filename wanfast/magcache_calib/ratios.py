@@ -65,9 +65,9 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
     """Compares the curve with the model's preset, and lists the steps at which the ratios differ too much.
 
     A difference is too large if it exceeds the curve's spread at the step (the standard deviation over tokens).
-    "steps" lists the steps with such a difference, counted from 0. "worst" is the step with the largest difference
-    relative to its spread, and "differs" says whether this difference is too large. The first step of each expert is
-    excluded, because no plan uses the ratio of such a step.
+    "steps" lists the steps with such a difference, counted from 0. "worst" is the step whose difference is the largest
+    multiple of the spread at this step. "differs" says whether the difference at the worst step is too large. The first
+    step of each expert is excluded, because no plan uses the ratio of such a step.
     Returns None if the model has no preset, if the preset belongs to other timesteps than those of `config`, or if
     every step is excluded.
     """

@@ -59,7 +59,7 @@ Kind = Literal["dense", "uniform", "calibrated", "uniform, guarded", "fp8", "fp8
 
 @dataclass(frozen=True)
 class AttentionWay:
-    """Holds one way to compute self-attention: the options that differ from a video with dense attention."""
+    """Holds one way to compute self-attention: the options whose values differ from those of dense attention."""
 
     kind: Kind
     options: dict[str, Any]

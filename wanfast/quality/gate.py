@@ -17,7 +17,10 @@ LEAST_SSIM = 0.95  # to the video of dense attention, the mean over all pairs
 
 
 def gate(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, bool]:
-    """Returns which conditions the way of a `row` meets, and whether it meets all; `dense` is dense attention's row."""
+    """Returns which conditions a way of attention meets, and whether the way meets all of them.
+
+    `row` and `dense`: the metrics of this way, and the metrics of dense attention.
+    """
     lowest_share, _ = dense["prompt_following"]["95%"]
     met = {
         "prompts": row["prompt_following"]["share"] >= lowest_share,

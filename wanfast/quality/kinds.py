@@ -233,7 +233,7 @@ def _drift(rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
 
 
 def tasks_of(pairs: int, chains: int, movers: tuple[Mover, ...]) -> list[KindTask]:
-    """Returns `pairs` tasks of the kind "between" and `chains` tasks of the kind "chain" for each of the `movers`.
+    """Returns the tasks of all `movers`: each mover has `pairs` tasks "between" and `chains` tasks "chain".
 
     The chains of a moving shape use only scenes in which the shape stays in the frame, however often it repeats its
     motion.
@@ -253,10 +253,16 @@ def _lasts(index: int) -> bool:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument(
-        "--pairs", type=int, default=25, help="number of held-out pairs, of shapes and of photographs each"
+        "--pairs",
+        type=int,
+        default=25,
+        help="number of held-out pairs with shapes; with --photographs, as many more with photographs",
     )
     parser.add_argument(
-        "--chains", type=int, default=18, help=f"number of videos of {CLIPS} clips, of shapes and of photographs each"
+        "--chains",
+        type=int,
+        default=18,
+        help=f"number of videos of {CLIPS} clips with shapes; with --photographs, as many more with photographs",
     )
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     options = parser.parse_args()

@@ -81,7 +81,8 @@ def motion(video: Tensor) -> float:
 def _check_shapes(video: Tensor, reference: Tensor) -> None:
     if video.shape != reference.shape or min(video.shape[-2:]) < 11:
         raise ValueError(
-            f"videos of {list(video.shape)} and {list(reference.shape)}: they need one shape, 11 pixels or more a side"
+            f"videos of {list(video.shape)} and {list(reference.shape)}: their shapes must be equal, with at least 11 "
+            "pixels a side"
         )
 
 

@@ -55,7 +55,7 @@ Mover = Literal["shape", "camera"]  # what a prompt asks to move
 
 @dataclass(frozen=True)
 class Task:
-    """Names one held-out pair of image and prompt, and says whether the model gets the prompt and the last frame."""
+    """Names a held-out pair of image and prompt; says whether the model gets the prompt, and whether the last frame."""
 
     index: int
     with_prompt: bool
@@ -414,7 +414,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
         "--guidance",
         type=float,
         default=None,
-        help="guidance scale of both experts; by default the high-noise expert's in the model",
+        help="guidance scale of both experts; by default, the model's own scale of the high-noise expert",
     )
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--quantize", choices=get_args(Scheme), help="quantize the experts by this scheme")

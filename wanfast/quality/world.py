@@ -106,8 +106,9 @@ def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15)
     """Returns the scene of `seed`.
 
     If `held_out` is true, the scene's combination of shape, colour and motion is held out of training. Otherwise
-    training may show this combination. `camera_share` says in about what share of all scenes the caption also names a
-    motion of the camera; the subject then stands still.
+    training may show this combination. `camera_share` is about the share of training scenes in which the camera moves;
+    among held-out scenes, the share is smaller. If the camera moves, the caption also names this motion, and the
+    subject stands still.
     """
     rng = random.Random(f"{seed}/{held_out}")
     while True:

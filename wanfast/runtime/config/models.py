@@ -341,7 +341,7 @@ class ModelsConfig(Part):
             raise ConfigError("--verify reads what `wanfast quantize` stored: add --quantize SCHEME, or drop --verify")
         if self.verify and self.quantize_on_the_fly:
             raise ConfigError(
-                "--verify and --quantize-on-the-fly exclude each other, because the second one reads no stored "
+                "--verify and --quantize-on-the-fly exclude each other, because --quantize-on-the-fly reads no stored "
                 "expert: drop one of the two"
             )
         if self.quantize and self.precision != "bf16":
@@ -354,7 +354,8 @@ class ModelsConfig(Part):
         for name in given:
             if self.attention not in OF_LOSSY[name]:
                 kernels = " or ".join(OF_LOSSY[name])
-                raise ConfigError(f"{flag(name)} needs --attention {kernels}: add it, or drop {flag(name)}")
+                fix = f"use --attention {OF_LOSSY[name][0]}, or drop {flag(name)}"
+                raise ConfigError(f"{flag(name)} needs --attention {kernels}: {fix}")
         if self.attention == "sparse" and self.density is None and self.attention_plan is None:
             raise ConfigError("--attention sparse needs --density or --attention-plan: add --density 0.35, for example")
         if self.density is not None and self.attention_plan is not None:

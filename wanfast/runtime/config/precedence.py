@@ -24,9 +24,9 @@ _DENSITIES = {"density", "attention_plan"}  # at most one of them may be given
 def without_overridden(options: Options, nearer: Options) -> dict[str, Any]:
     """Returns `options` without the options that `nearer`, a source of higher priority, overrides.
 
-    An option is overridden if `nearer` has the same option, or an option that conflicts with it. The options that can
-    conflict concern skips, the schedule, precision and quantization, lossy attention, or the start, the end and the
-    clips of the video.
+    An option is overridden if `nearer` has the same option, or an option that conflicts with it. Conflicts exist
+    within each of five subjects: skips; the schedule; precision and quantization; lossy attention; the images, the
+    clips and the earlier video that a video starts from. `continue_from` also overrides `size` and `fps`.
     """
     skipping = options_of(SkippingConfig)
     amounts = {name for name, field in skipping.items() if field.option.choice}

@@ -130,9 +130,9 @@ _OF_SAME_VIDEO = {"quantize_on_the_fly", "attention_check"}  # of these, those t
 def with_recipe(given: Options) -> dict[str, Any]:
     """Returns the `given` options; if a recipe is given, its options are added.
 
-    A given option overrides the recipe's option. If --magcache off or another --attention is given, the recipe's other
-    options of skips or of lossy attention are left out too. Raises ConfigError if --steps or --shift is given with a
-    recipe that has noise levels of its own.
+    A given option overrides the recipe's option. If --magcache off is given, all the recipe's options of skips are left
+    out. If the given --attention is not the recipe's, all the recipe's options of lossy attention are left out. Raises
+    ConfigError if --steps or --shift is given with a recipe that has noise levels of its own.
     """
     name = given.get("recipe")
     if name is None:

@@ -1,8 +1,8 @@
 """This module tests whether a tensor holds a value that is not finite: NaN or an infinity.
 
 The result stays on the tensor's device, so that the host does not wait for it. Cost: the tensor is read once.
-Only the check of a tensor of 8-bit floats allocates memory, as much as the tensor has. A CPU reads about 6 GB of bf16
-values in a second.
+A check allocates memory only for a tensor of 8-bit floats: as many bytes as the tensor has. A CPU reads about 6 GB of
+bf16 values in a second.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class _Stage:
         return _Copy(target, [self._threads.submit(self._copy, read[piece], written[piece]) for piece in pieces])
 
     def end(self, copy: _Copy) -> Tensor:
-        """Returns the tensor on the device; work on the current stream follows its copy."""
+        """Returns the tensor on the device; later work on the current stream waits for the copy."""
         for piece in copy.pieces:
             piece.result()
         torch.cuda.current_stream().wait_stream(self._stream)

@@ -10,8 +10,8 @@ to rank instead.
 If a rank stopped, its neighbours would wait in their next exchange, until `--rank-timeout` is over (gloo) or NCCL's
 watchdog ends the process. So a rank that runs out of memory still does all exchanges that other ranks wait for
 (`missed`). This rank repeats its work on the meta device, which computes shapes only, and sends zeros. Afterwards all
-ranks repeat the VAE's work, or all raise the same error. Any other error ends the rank and its whole rank group. This
-includes the error of NCCL itself if it gets no memory.
+ranks repeat the VAE's work, or all raise the same error. Any other error ends the rank and its whole rank group.
+NCCL's own error for lack of memory is one of these other errors.
 
 Shapes: B batch, C channels, T frames, h own rows, w columns.
 """

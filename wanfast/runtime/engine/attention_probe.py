@@ -39,7 +39,7 @@ _FAILURES = (RuntimeError, ImportError, OSError, AssertionError, TypeError, Valu
 
 @dataclass(frozen=True)
 class Finding:
-    """Holds the result of probing a kernel: its state and its largest relative error, or why it does not run."""
+    """Holds a kernel's state after a probe; also the largest relative error if the kernel runs, else the reason."""
 
     state: Literal["runs", "not installed", "fails"]
     relative_error: float | None = None

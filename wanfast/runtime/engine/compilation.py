@@ -90,7 +90,7 @@ def make_traceable() -> None:
     """Registers operators and `rearrange` with torch, so that torch.compile can trace a block, and traces it quickly.
 
     For Dynamo, `rearrange` becomes one node, because tracing through it is slow. AOTAutograd traces through `rearrange`
-    later, so that the compiled graph is the same.
+    later, so that the compiled graph is the same as without this node.
     """
     make_operators()
     torch._dynamo.allow_in_graph(rearrange)  # type: ignore[no-untyped-call]

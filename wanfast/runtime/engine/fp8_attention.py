@@ -25,7 +25,7 @@ from wanfast.runtime.planning.plan import Plan
 
 
 class Fp8Attention(LossyAttention):
-    """This class tells the layers of both experts in which forwards they compute self-attention in float8."""
+    """This class sets in which steps and layers both experts compute self-attention in float8."""
 
     def __init__(self, num_heads: int, ranks: Ranks) -> None:
         """Stores the arguments; `num_heads` counts the heads of all ranks."""

@@ -43,7 +43,8 @@ class HeldTexts:
     def use(self, texts: tuple[str, ...]) -> dict[str, Tensor]:
         """Returns {text: embedding [n, text_dim]} of one clip, without the embeddings that are not finite.
 
-        The list goes on behind this clip. If an embedding is not held, those of the following clips are loaded too.
+        This clip and all clips before it leave the list. If an embedding of this clip is not held, the embeddings that
+        the following clips need are loaded too, up to MOST.
         """
         with suppress(ValueError):  # a clip of another list
             del self._clips[: self._clips.index(texts) + 1]

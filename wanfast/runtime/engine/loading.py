@@ -104,7 +104,7 @@ def lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks
 def replace_loras(
     experts: Experts, old: ModelsConfig, files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
 ) -> None:
-    """Overwrites the experts whose LoRAs are not those of the `old` models. Raises WanFastError."""
+    """Fills an expert again if its LoRAs in `config` are not those in `old`. Raises WanFastError."""
     merges = ranks.together(lambda: _merges(files, config.models))
     for expert in EXPERTS:
         if inputs_of(loras_of(old), expert) != inputs_of(loras_of(config.models), expert):
