@@ -26,7 +26,9 @@ def test_by_default_an_eighth_at_either_end_is_exact() -> None:
     found = schedule()
     assert (found.steps, found.layers) == (range(5, 35), range(40))
     assert schedule(num_steps=3).steps == range(1, 2)
-    with pytest.raises(ConfigError, match=r"of 2 steps, 1 at either end would be exact.*add --fp8-steps 0:2"):
+    with pytest.raises(
+        ConfigError, match=r"of 2 steps, the first 1 and the last 1 would be exact.*add --fp8-steps 0:2"
+    ):
         schedule(num_steps=2)
 
 

@@ -74,7 +74,7 @@ def test_a_dry_run_shows_the_schedule(wanfast: Wanfast) -> None:
             ("--attention-check",),
             "--attention-check needs --attention sparse or fa3-fp8: use --attention sparse, or drop",
         ),
-        (("--attention", "fa3-fp8"), "of 2 steps, 1 at either end would be exact"),
+        (("--attention", "fa3-fp8"), "of 2 steps, the first 1 and the last 1 would be exact"),
         (("--attention", "fa3-fp8", "--fp8-steps", "1-2"), "--fp8-steps 1-2: use two numbers, the first one smaller"),
         (("--attention", "fa3-fp8", "--fp8-steps", "0:3"), "--fp8-steps 0:3: there are only 2 steps, counted from 0"),
         (("--attention", "fa3-fp8", "--fp8-steps", "0:2", "--fp8-layers", "5:6"), "--fp8-layers 5:6: there are only 5"),

@@ -56,6 +56,7 @@ def test_what_is_wrong_in_a_sidecar_is_said(wanfast: Wanfast, workdir: Path) -> 
     assert (
         outcome.exit_code == 2 and "out.json holds an option that cannot be used: --fps 0: use 1 to 240" in outcome.err
     )
+    assert "; correct this option in the file, or use the .json of another video" in outcome.err
     missing = wanfast("generate", "--from", "none.json")
     assert missing.exit_code == 2 and "none.json: no such file; check the path" in missing.err
     Path("video.mp4").write_bytes(b"\x00\xff mp4")

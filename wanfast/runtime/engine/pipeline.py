@@ -165,7 +165,7 @@ class VideoPipeline:
     def make_room(self, wanted: int) -> None:
         """Evicts weights if this rank's GPU has fewer than `wanted` free bytes; on a CPU, evicts nothing.
 
-        About as many bytes are evicted as are missing, or fewer if fewer can be evicted.
+        Evicts about as many bytes as are missing; if this is not possible, evicts as many as possible.
         """
         if (missing := wanted - free_bytes(self.device)) > 0:
             self.experts.evict(missing)

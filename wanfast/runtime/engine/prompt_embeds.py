@@ -57,11 +57,12 @@ def prompt_embeds(
     before_load: Callable[[], None] = lambda: None,
     most: int | None = None,
 ) -> Encoded:
-    """Stores the embeddings of all `texts`; returns on every rank those of the first `most` texts, or of all.
+    """Stores the embeddings of all `texts`; returns the embeddings of the first `most` texts on every rank.
 
-    If embeddings cannot be stored, they are returned too, wherever their texts stand. Texts whose embeddings are not
-    stored are distributed over the ranks, encoded in order and stored, a few at a time. A rank that must encode texts
-    calls `before_load`, loads UMT5 once, adds the seconds of loading to `loads`, and frees UMT5 afterwards. With
+    If `most` is None, returns the embeddings of all texts. An embedding that cannot be stored is returned even if its
+    text is not one of the first `most`. Texts without a stored embedding are distributed over the ranks. They are
+    encoded in order, and their embeddings are stored, a few texts at a time. A rank that must encode texts calls
+    `before_load`, loads UMT5 once, adds the seconds of loading to `loads`, and frees UMT5 afterwards. With
     `--t5-fsdp on`, each rank holds a share of UMT5, and all ranks encode all texts together.
     """
     store = ArtifactStore(Path(config.models.artifacts_dir))

@@ -84,7 +84,10 @@ class Session:
 
     @classmethod
     def open(cls, config: EffectiveConfig, ranks: Ranks) -> Session:
-        """Prepares the device and finds the model's files; loads nothing yet. Raises WanFastError on all ranks."""
+        """Prepares the device and finds the model's files; loads nothing yet.
+
+        If a rank cannot do this, raises WanFastError on all ranks.
+        """
         ranks.together(lambda: hardware.prepare(config.ranks.device, config.models.precision, config.models.tf32))
         files = ranks.together(lambda: model_files.locate_for(config.models))
         hardware.use_few_threads(ranks.device, files.spec.dit.dim)
@@ -92,10 +95,11 @@ class Session:
 
     @hardware.one_out_of_memory_error()
     def encode(self, clips: Iterable[tuple[str, ...]]) -> None:
-        """Makes the embeddings of the texts of each clip of a list, in the order in which the clips will be made.
+        """Makes the text embeddings of a list of clips.
 
-        Loads UMT5 only for texts whose embeddings are not stored. The next clips' embeddings are held in memory. If
-        an embedding is not finite, raises NotFiniteError on all ranks, after the others are made.
+        `clips` holds the texts of each clip, in the order in which the clips will be made. Loads UMT5 only for texts
+        whose embeddings are not stored. Holds the embeddings of the next clips in memory. If an embedding is not
+        finite, makes all other embeddings, and then raises NotFiniteError on all ranks.
         """
         self._require_finite(self._texts.expect(clips))
 
@@ -133,8 +137,8 @@ class Session:
     def plan(self, job: Job, sources: Sources | None = None) -> tuple[Plan, Tensor]:
         """Returns (the plan of `job`, the n given images [n, 3, H, W] at the plan's size).
 
-        Only the leader reads the images; on other ranks, the returned tensor is empty: [n, 3, 0, 0]. The leader adds
-        what it decodes to `sources`, and does not decode again what is there.
+        Only the leader reads the images; on other ranks, the returned tensor is empty: [n, 3, 0, 0]. The leader
+        adds each decoded image to `sources`, and does not decode images that `sources` already holds.
         """
         pipeline, ranks = self.load(), self.ranks
         read: list[LoadedImage] = []
@@ -300,7 +304,7 @@ class Sessions:
         """Returns a session with the models of `config`: the open session if it has these models, otherwise a new one.
 
         If only the LoRAs differ, the open session replaces its LoRAs by those of `config`. Otherwise the open session
-        is closed before the new one is opened. Raises WanFastError on all ranks.
+        is closed before the new one is opened. If a rank cannot do this, raises WanFastError on all ranks.
         """
         if self._open is None or without_loras(self._open.config.models) != without_loras(config.models):
             self.close()

@@ -13,7 +13,7 @@ from typing import Any
 from wanfast.runtime.errors import ConfigError
 
 _SPAN = re.compile(r"(\d{1,6}):(\d{1,6})")
-_EXACT_SHARE = 0.125  # of the steps at either end, by default
+_EXACT_SHARE = 0.125  # of the steps, at the start and again at the end, by default
 
 
 def parse_span(text: str) -> range | None:
@@ -44,16 +44,16 @@ class Fp8Schedule:
         """Returns the schedule that the options describe.
 
         If `steps` is None, the first eighth and the last eighth of the steps, rounded up, stay exact. If `hadamard` is
-        None, a Hadamard matrix is used if `head_dim` is a power of two. For other sizes, this program has no such
-        matrix.
+        None, a Hadamard matrix is used only for a `head_dim` that is a power of two, because this program has no
+        Hadamard matrix of another size.
         Raises ConfigError in three cases: `steps` or `layers` goes beyond the steps or layers of the video; `steps` is
         None, and the two eighths leave no step for float8; `hadamard` is True, and `head_dim` is not a power of two.
         """
         guard = math.ceil(_EXACT_SHARE * num_steps)
         if steps is None and num_steps <= 2 * guard:
             raise ConfigError(
-                f"--attention fa3-fp8: of {num_steps} steps, {guard} at either end would be exact, so that no step "
-                f"is left for float8: add --fp8-steps 0:{num_steps}, for example"
+                f"--attention fa3-fp8: of {num_steps} steps, the first {guard} and the last {guard} would be exact, so "
+                f"that no step is left for float8: add --fp8-steps 0:{num_steps}, for example"
             )
         is_power = head_dim & (head_dim - 1) == 0
         if hadamard and not is_power:

@@ -81,8 +81,8 @@ def choose_mesh(
     if not fitting:
         raise ConfigError(
             f"--nnodes {nnodes} --num-gpus {num_gpus}: {num_heads} attention heads cannot be shared by "
-            f"{num_gpus * nnodes} ranks: use another --nnodes or --num-gpus, or --ray to make the videos of a list "
-            "on many machines"
+            f"{num_gpus * nnodes} ranks: use another --nnodes or --num-gpus; to make the videos of a list on many "
+            "machines, use --ray"
         )
     if not asked:
         options = ", ".join(f"--cfg-parallel {m.cfg} --ulysses {m.ulysses}" for m in fitting)

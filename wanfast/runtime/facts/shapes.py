@@ -98,7 +98,7 @@ def fit_geometry(
 
 
 def largest_geometry(spec: ModelSpec, area_width: int, area_height: int, frames: int) -> Geometry:
-    """Returns the sizes of the video with the most tokens that any image can give at this --size and `frames`.
+    """Returns the sizes of the video that has the most tokens, over all shapes of images, at --size and `frames`.
 
     --size is area_width x area_height. Example: at 832x480 and 81 frames, 32,760 tokens. If several shapes give equally
     many tokens, the function returns the shape whose aspect ratio is nearest to that of --size. A model that takes no

@@ -1,12 +1,13 @@
 """Runs jobs one after the other on loaded models, for every command that makes or measures videos.
 
-Each rank group has its own part of the list of jobs. Before a rank group loads a job's models, the rank group finds
-all jobs in its part that use the same models. The group encodes the prompts of these jobs, and then frees UMT5.
+Each rank group first runs its own part of the list of jobs, and then jobs that no rank group has claimed. Before a rank
+group loads a job's models, it finds all jobs in its part that use the same models. The group encodes the prompts of
+these jobs, and then frees UMT5.
 If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. If
 a job's models cannot be loaded, this job fails, and the next job with these models tries to load them again. After
-MOST_LOADS tries, the rank group's other jobs with these models fail too. There is one exception: if there are several
-rank groups and no file is missing or corrupt, a group that cannot load models ends, because other groups may have more
-memory. All ranks of a rank group run the same jobs in the same order.
+MOST_LOADS tries, the rank group's other jobs with these models fail too. With several rank groups, this holds only if a
+file is missing or corrupt. After any other error of loading, the rank group ends, and the other rank groups, which may
+have more memory, run the remaining jobs. All ranks of a rank group run the same jobs in the same order.
 """
 
 from __future__ import annotations

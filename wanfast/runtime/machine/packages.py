@@ -39,9 +39,10 @@ _OPTIONAL = (
 
 
 def require_attention(kernel: str, device: str) -> None:
-    """Raises NeedsGpuError if the kernel needs a GPU and `device` is cpu, and ConfigError if its package is missing.
+    """Raises ConfigError if `device` cannot run an attention kernel.
 
-    The kernel is not run, so this function does not show whether the kernel works on the GPU.
+    For a CPU, raises NeedsGpuError if the kernel needs a GPU. For a GPU, raises ConfigError if the kernel's package is
+    not installed. The kernel is not run, so this function does not show whether the kernel works on the GPU.
     """
     if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):
         raise NeedsGpuError(f"--attention {kernel} needs a GPU: use --attention auto, or --device cuda")
@@ -53,7 +54,10 @@ def require_attention(kernel: str, device: str) -> None:
 
 
 def require_fp8(device: str, option: str) -> None:
-    """Raises ConfigError if the package of float8 attention is not installed; `option` asks for float8 attention."""
+    """Raises ConfigError if `device` is not a CPU and the package of float8 attention is not installed.
+
+    `option` is the option that asks for float8 attention.
+    """
     try:
         require_attention("fa3-fp8", device)
     except ConfigError:
@@ -86,8 +90,8 @@ def commit() -> str | None:
     """Returns the git commit of this code, or None if the commit is unknown.
 
     If the environment variable WANFAST_COMMIT is set, its value is returned. Otherwise git names the commit of the
-    checkout that contains this package. Then `-dirty` is appended if a tracked file has uncommitted changes; changes in
-    results of benchmarks do not count.
+    checkout that contains this package. `-dirty` is appended to git's answer if a tracked file has uncommitted changes;
+    changes in results of benchmarks do not count.
     """
     if named := os.environ.get("WANFAST_COMMIT"):
         return named

@@ -24,7 +24,8 @@ _PNG_GAMMA, _H273_PRIMARIES = 1 / 2.2, 1  # sRGB's, as a PNG and as a HEIC state
 def to_rgb(image: Image, subject: str) -> tuple[Image, list[str]]:
     """Returns (image, notes): a decoded image as 8-bit sRGB, and a note on each step of the conversion.
 
-    Transparent pixels are blended with white. Raises ConfigError, whose message begins with `subject`.
+    Transparent pixels are blended with white. Raises ConfigError if the pixels cannot be converted; the
+    message begins with `subject`.
     """
     notes, described = [], dict(image.info)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

@@ -2,8 +2,8 @@
 
 A row is the output for one query. A few exact rows cost little: 64 of 75,600 queries are a thousandth of a dense call.
 So each run can measure the error for its own weights and its own video. `sampled_errors` measures the error of a call
-that ran. Keys that were left out and rounding both cause this error. torch's flash kernel computes the exact rows. In
-bf16, these rows have an error of about 0.002 themselves.
+that ran. This error has two causes: keys that were left out, and rounding. torch's flash kernel computes the exact
+rows. In bf16, these rows have an error of about 0.002 themselves.
 
 If several ranks share the tokens, each rank attends to its own keys, and the parts are joined by their log-sum-exp.
 A calibration needs errors of calls that did not run. `errors_by_length` and `fp8_errors` compute only the sampled rows

@@ -3,7 +3,7 @@
 Three steps prepare q, k and v for the rounding. In exact arithmetic, none of these steps changes the result.
 * A constant vector of each head is subtracted from all keys: softmax does not change.
 * A constant vector of each head is subtracted from all values, and added to the output: the rows of softmax sum to 1.
-* Queries and keys are multiplied by the same Hadamard matrix, which spreads large numbers of few channels over all.
+* Queries and keys are multiplied by the same Hadamard matrix, which spreads large values of a few channels over all.
 The constants are means over tokens: over at least 4096 of them, or over all tokens of a short video. A constant must be
 the same for all tokens of a head, so the ranks of Ulysses add up their sums before they quantize.
 

@@ -50,7 +50,7 @@ def block_lists(
 
 
 def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int, last_blocks: int = 0) -> Tensor:
-    """Returns each key block's place if the blocks are sorted by score, the largest first, as int16 [H, N, N].
+    """Returns each key block's place in the order of scores, the largest score first, as int16 [H, N, N].
 
     There is one order for each head and each block of queries. A list of n blocks holds the blocks at the places 0 to
     n-1. The batch size of q and k must be 1. `block`, `first_blocks` and `last_blocks` are those of `block_lists`.

@@ -7,8 +7,8 @@ shape, and the fastest is chosen. Three kinds of engines are left out: those tha
 that compile at run time (seconds each), and those that need more than 256 MiB of workspace.
 
 Engines sum in different orders, so another engine may change the last bits. To get the same bits again, store
-`chosen()` and pass it to `choose()` in the next process. torch's own convolution is used on a CPU, for float32 without
-TF32, and if gradients are enabled. It is also used if the front end is not installed or has no engine.
+`chosen()` and pass it to `choose()` in the next process. torch's own convolution is used in each of these cases: on a
+CPU; for float32 without TF32; if gradients are enabled; if the front end is not installed; if it has no engine.
 
 Shapes: B batch, C channels, T frames, h w any grid; the memory of a clip is [B, T, h, w, C].
 """

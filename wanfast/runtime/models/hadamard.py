@@ -1,4 +1,4 @@
-"""Multiplies each head's channels by a Hadamard matrix, which spreads channels of large numbers over all channels.
+"""Multiplies each head's channels by a Hadamard matrix, which spreads large values of a few channels over all.
 
 Shapes: D head dim.
 """

@@ -1,8 +1,9 @@
 """This Triton kernel scores all pairs of blocks for the router, from the means of the blocks' quarters.
 
 Plain PyTorch first writes a score for each pair of quarters, 16 times as many as pairs of blocks. Then it reads these
-scores in several passes. This kernel scores a few blocks of queries and a few blocks of keys. It multiplies one quarter
-of each of them at a time, sums over the 16 pairs of quarters in registers, and writes only the sum.
+scores in several passes. Each program of this kernel scores a few blocks of queries with a few blocks of keys. For
+one pair of quarters after the other, the program multiplies these quarters of all its blocks. It sums over the 16 pairs
+in registers, and writes only the sum.
 Cost at 75,600 tokens and 40 heads: 57 GFLOP; memory: 97 MB for the means, 56 MB for the scores.
 Tensor cores do not multiply float32 values. So each mean is split into two float16 values of 11 bits, and three
 products of float16 values replace each product of float32 values. With one product, the router would choose a few other

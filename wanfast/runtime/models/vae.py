@@ -46,7 +46,7 @@ class Rows(Protocol):
 
     @property
     def halo(self) -> int:
-        """Returns the number of rows that a convolution needs from other ranks, above and below a rank's own rows.
+        """Returns how many rows of another rank a convolution needs on each side of a rank's own rows.
 
         The number is 1: one row above and one row below. It is 0 if one rank has all rows.
         """
@@ -278,12 +278,15 @@ class _Repeats:
         self._kept: Tensor | None = None
 
     def start(self, x: Tensor) -> tuple[Tensor, int]:
-        """Begins the next chunk: returns its input, or the output of the layers that repeat, and their number."""
+        """Begins the next chunk; returns (the input of the first layer that must run, the number of layers before it).
+
+        At first all layers must run, and this input is x. Later it is the held output of the layers that repeat.
+        """
         self._chunk += 1
         return (x, 0) if self._kept is None else (self._kept, self._layers(self._chunk))
 
     def keep(self, x: Tensor, layers: int) -> None:
-        """Takes the output of the first `layers` layers; holds it if the next chunk begins after them."""
+        """Takes the output x of the first `layers` layers; holds x if exactly these layers repeat in the next chunk."""
         if layers == self._layers(self._chunk + 1):
             self._kept = x
 

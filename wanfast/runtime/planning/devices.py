@@ -24,7 +24,11 @@ def default_device() -> Device:
 
 
 def num_gpus_of(asked_for: int | Literal["auto"], device: Device, *, asked: bool) -> int:
-    """Returns --num-gpus as a number. Raises ConfigError if this machine is known to have fewer GPUs."""
+    """Returns --num-gpus as a number; "auto" is the number of visible GPUs.
+
+    Raises ConfigError for "auto" on a CPU or without a visible GPU, and for more GPUs than are visible. If no GPU is
+    visible, a number is not checked. `asked`: whether the user gave --device.
+    """
     if device == "cpu":
         if asked_for == "auto":
             raise ConfigError(

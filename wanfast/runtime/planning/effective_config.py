@@ -1,4 +1,4 @@
-"""Completes a request's options: the model, its files and this machine give each option that was not given a value.
+"""Completes a request's options: the model, its files and this machine supply the values that the user did not give.
 
 `placement` decides the ranks later, when the sizes of all videos are known.
 This module does not import torch.
@@ -23,7 +23,10 @@ from wanfast.runtime.store.model_files import ModelFiles
 
 
 def model_of(given: Options) -> ModelFiles:
-    """Refuses values of options that no model accepts, then locates the model's files. Raises WanFastError."""
+    """Returns the files of the model that the options name.
+
+    Raises ConfigError if an option has a value that no model accepts, and WanFastError if the model cannot be located.
+    """
     return model_files.locate_for(EffectiveConfig.of(given, A14B).models)
 
 
@@ -34,7 +37,10 @@ def effective(
     last_image_sha256: str = "",
     earlier: EarlierFacts | None = None,
 ) -> EffectiveConfig:
-    """Completes the given options with the model's defaults; `place` decides the ranks later. Raises ConfigError."""
+    """Completes the given options with the model's defaults; `place` decides the ranks later.
+
+    Raises ConfigError if an option does not fit the other options, the model, the device or the earlier video.
+    """
     device = given.get("device") or default_device()
     answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31)}
     answers |= {"last_image_sha256": last_image_sha256}

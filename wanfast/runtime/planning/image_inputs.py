@@ -1,4 +1,4 @@
-"""Reads what a plan needs to know about the given images and the earlier video, and checks how many a model takes.
+"""Reads what a plan needs to know about images and the earlier video, and checks the number of images.
 
 This module does not import torch.
 """
@@ -36,8 +36,8 @@ def check_images(config: EffectiveConfig, spec: ModelSpec) -> None:
         raise ConfigError("--image is missing: give the image that the video starts from")
     if num_images > len(video.images):
         raise ConfigError(
-            f"--recipe {recipe} needs a last image, because the recipe's weights are distilled for videos with one: "
-            "add --last-image FILE, or use --recipe lightning-4"
+            f"--recipe {recipe} needs a last image, because the recipe's weights are distilled for videos with a last "
+            "image: add --last-image FILE, or use --recipe lightning-4"
         )
 
 
@@ -58,7 +58,10 @@ class ImageFacts:
 
 @remembered
 def image_facts(path: str | None, option: str) -> ImageFacts:
-    """Returns what a plan needs of an image; a list may name one image a thousand times."""
+    """Returns what a plan needs to know about an image; if `path` is None, all fields are empty.
+
+    The result is cached while a list is planned, because the list may name one image a thousand times.
+    """
     if path is None:
         return ImageFacts("", (0, 0), ())
     image = images.load_image(path, option)

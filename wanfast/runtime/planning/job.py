@@ -38,7 +38,7 @@ class Job:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Job:
-        """Makes a job from the JSON that `to_json` returned. Raises ConfigError."""
+        """Makes a job from the JSON that `to_json` returned. Raises ConfigError if an option has a wrong value."""
         return cls(
             config=EffectiveConfig.from_json(document["effective"]),
             requested=document["requested"],

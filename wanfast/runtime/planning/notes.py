@@ -1,4 +1,4 @@
-"""Writes the notes of a plan: what a user may not expect of the video, or of the run.
+"""Writes the notes of a plan: what could surprise a user in the video or in the run.
 
 This module does not import torch.
 """

@@ -102,8 +102,8 @@ class Plan:
     def joining_bytes(self) -> int:
         """Returns the size, in bytes of host memory, of the array that holds all frames of joined clips.
 
-        The caller gets this array. The result is 0 if nothing is joined, or if the frames are written to a file while
-        they are decoded.
+        A handle returns this array to its caller. The size is 0 if nothing is joined. It is also 0 if the video is
+        written to an .mp4, because then no array holds all frames.
         """
         video = self.config.video
         is_joined = video.continue_from or len(video.prompts) > 1
@@ -139,7 +139,7 @@ class Plan:
 
     @property
     def regroups(self) -> bool:
-        """Returns whether the plan has steps without guidance, and runs these steps on another mesh than `mesh`."""
+        """Returns whether there are steps without guidance that run on another mesh than `mesh`."""
         return self.unguided_mesh != self.mesh and not all(self.guided)
 
     @property
@@ -172,7 +172,7 @@ class Plan:
         return self.skips_if(joint=self.is_joint)
 
     def skips_if(self, *, joint: bool) -> list[Skips]:
-        """Returns what `skips` would be if `is_joint` were `joint`. Raises ConfigError."""
+        """Returns what `skips` would be if `is_joint` were `joint`; raises ConfigError in the same cases as `skips`."""
         if self.curve is None:
             return [(False, False)] * len(self.schedule)
         skipping = self.config.skipping
@@ -201,7 +201,10 @@ class Plan:
 
     @cached_property
     def sparsity(self) -> Sparsity | None:
-        """Returns which calls of self-attention are sparse; None without --attention sparse. Raises ConfigError."""
+        """Returns which calls of self-attention are sparse; None without --attention sparse.
+
+        Raises ConfigError if all steps or all layers would be dense.
+        """
         models, densities = self.config.models, self.densities
         if models.attention != "sparse":
             return None
@@ -220,7 +223,10 @@ class Plan:
 
     @cached_property
     def fp8(self) -> Fp8Schedule | None:
-        """Returns which calls of self-attention are in float8; None without --attention fa3-fp8. Raises ConfigError."""
+        """Returns which calls of self-attention are in float8; None without --attention fa3-fp8.
+
+        Raises ConfigError if `Fp8Schedule.of` refuses the options.
+        """
         models, dit = self.config.models, self.spec.dit
         if models.attention != "fa3-fp8":
             return None

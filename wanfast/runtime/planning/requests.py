@@ -230,7 +230,7 @@ def _weights_notes(request: Request, files: ModelFiles) -> list[str]:
 
 
 def require_attention_of(plan: Plan) -> None:
-    """Raises ConfigError if a package that the plan's attention needs is not installed."""
+    """Raises ConfigError if the plan's device cannot run its attention, for example because a package is missing."""
     models, device = plan.config.models, plan.config.ranks.device
     require_attention(models.attention, device)
     if plan.sparsity and plan.sparsity.has_fp8:
@@ -293,7 +293,7 @@ def read_requests(
     if len(requests) > _FEW_LINES and all(isinstance(request.error, _NotAnObjectError) for request in requests):
         raise ConfigError(
             f"--jobs {jobs_file}: none of its {len(requests)} lines is a JSON object of options (line {first.line}: "
-            f"{first.error}): name a file with such lines"
+            f"{first.error}): give a file with such lines"
         )
     return requests
 
@@ -309,7 +309,10 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
             raise TypeError(weights, engines)
         asked = _asked(document["requested"])
     except ConfigError as error:
-        raise ConfigError(f"--from {file} holds an option that cannot be used: {error}; or {_SIDECAR}") from None
+        raise ConfigError(
+            f"--from {file} holds an option that cannot be used: {error}; correct this option in the file, or use the "
+            ".json of another video"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"--from {file} is not the .json of a video: {_SIDECAR}") from None
     same_ranks = effective.ranks.nnodes == 1 and not {"num_gpus", "nnodes"} & typed.keys()
