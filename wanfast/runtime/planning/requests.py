@@ -1,4 +1,4 @@
-"""Makes requests from the command line and from the files that it names, and plans one video for each request.
+"""Makes requests from the command line and from its files, and plans one video for each request.
 
 The command line may name three files: a prompt (--prompt-file), an earlier video's JSON (--from), and a list of videos
 (--jobs). A line of the list overrides the command line, and the command line overrides the earlier run.
