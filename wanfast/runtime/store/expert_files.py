@@ -216,7 +216,7 @@ def _header(named: NamedExpert) -> ExpertHeader:
             name = _PREFIX.sub("", stored.key)
             if name in found:
                 raise CorruptArtifactError(
-                    f"{subject}: tensor {stored.key!r} is present twice: name the files of one expert"
+                    f"{subject}: tensor {stored.key!r} is present twice: give the files of one expert only"
                 )
             found[name] = stored
     return ExpertHeader(_with_scales(found, marks, named.subject))
@@ -321,6 +321,6 @@ def _check_marks(found: Mapping[str, Stored], marks: Mapping[str, Any], subject:
             kept = f"is stored as {stored.dtype}" if stored else "has no weight in the file"
             raise CorruptArtifactError(
                 f"{subject}: layer {layer!r} {kept}, but its comfy_quant entry says {words!r:.80}, which wanfast "
-                "cannot read: use a file in fp16 or bf16, or a file whose comfy_quant entries name only one of these "
+                "cannot read: use a file in fp16 or bf16, or a file whose comfy_quant entries all hold one of these "
                 f"formats: {known}"
             )
