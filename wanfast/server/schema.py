@@ -125,7 +125,7 @@ def _create_tables(connection: Connection, option: str) -> None:
     if found != VERSION:
         raise ConfigError(
             f"{option}: its queue has tables of version {found}, but this wanfast uses version {VERSION}: use the "
-            "wanfast that made the queue, or name another folder or database"
+            "release of wanfast that made the queue, or give another folder or database"
         )
     is_new = not has(SCHEMA.name)
     METADATA.create_all(connection)
