@@ -157,7 +157,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with (tmp_path / "film.mkv").open("wb") as file:
         file.truncate(41 * 10**9)
-    with pytest.raises(ConfigError, match=r"has 41.0 GB, which is too large for an image; name an image file"):
+    with pytest.raises(ConfigError, match=r"has 41.0 GB, which is too large for an image; give an image file"):
         load_image(str(tmp_path / "film.mkv"))
 
 

@@ -107,7 +107,7 @@ def open_database(url: str) -> Engine:
             _create_tables(connection, option)
     except DBAPIError as error:
         words = " ".join(str(error.orig).split())
-        fix = "name another folder" if is_sqlite else "fix the URL or the database"
+        fix = "give another folder" if is_sqlite else "fix the URL or the database"
         raise ConfigError(f"{option}: the queue cannot be opened ({words:.200}): {fix}") from None
     return engine
 

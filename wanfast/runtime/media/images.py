@@ -139,14 +139,14 @@ def _read_bytes(path: str, subject: str) -> bytes:
     file = Path(path)
     try:
         if file.is_dir():
-            raise ConfigError(f"{subject}: is a folder; name an image file in it")
+            raise ConfigError(f"{subject}: is a folder; give an image file in it")
         if not file.exists():
             raise ConfigError(f"{subject}: no such file; check the path")
         if not file.is_file():
-            raise ConfigError(f"{subject}: is a pipe or a device; name an image file")
+            raise ConfigError(f"{subject}: is a pipe or a device; give an image file")
         if (size := file.stat().st_size) > MAX_FILE_BYTES:
             raise ConfigError(
-                f"{subject}: has {size / 1e9:.1f} GB, which is too large for an image; name an image file"
+                f"{subject}: has {size / 1e9:.1f} GB, which is too large for an image; give an image file"
             )
         data = file.read_bytes()
     except OSError as error:

@@ -201,7 +201,7 @@ def check_root(root: Path) -> None:
 
     A missing `root` is no error. After this check, calls such as `root.is_dir()` raise nothing.
     """
-    with foreign(f"--artifacts-dir {str(root)!r:.60}", "name a folder that can be read"):
+    with foreign(f"--artifacts-dir {str(root)!r:.60}", "give a folder that can be read"):
         root.exists()
 
 

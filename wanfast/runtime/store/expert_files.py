@@ -87,7 +87,7 @@ class NamedExpert:
     @property
     def files(self) -> list[Path]:
         """Returns the files of the expert. Raises ConfigError if the path does not hold the weights of one expert."""
-        fix = f"name a file that ends in {' or '.join(SUFFIXES)}, or a folder with such files"
+        fix = f"give a file that ends in {' or '.join(SUFFIXES)}, or a folder with such files"
         with foreign(self.subject, fix):
             exists, is_folder, in_gguf = self.path.exists(), self.path.is_dir(), sorted(self.path.glob("*.gguf"))
         found = (shards_in(self.path) or in_gguf) if is_folder else [self.path]
@@ -96,7 +96,7 @@ class NamedExpert:
         if not found or any(file.suffix not in SUFFIXES for file in found):
             raise ConfigError(f"{self.subject}: no weights that can be read: {fix}")
         if len(found) > 1 and found[0].suffix == ".gguf":
-            raise ConfigError(f"{self.subject}: this folder holds {len(found)} .gguf files: name one of them")
+            raise ConfigError(f"{self.subject}: this folder holds {len(found)} .gguf files: give one of them")
         return found
 
     def header(self) -> ExpertHeader:
