@@ -548,7 +548,7 @@ def test_closed_standard_streams_are_no_error(workdir: Path) -> None:
 def test_an_empty_output_is_refused_in_a_list_too(wanfast: Wanfast, workdir: Path) -> None:
     (workdir / "jobs.jsonl").write_text("{}\n")
     outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--output", "", "--dry-run")
-    assert outcome.exit_code == 2 and "--output : has an empty value: name an .mp4 file" in outcome.err
+    assert outcome.exit_code == 2 and "--output : has an empty value: give an .mp4 file" in outcome.err
 
 
 def test_the_plan_shows_a_path_as_it_is(wanfast: Wanfast) -> None:

@@ -167,7 +167,7 @@ def test_a_file_after_model_is_refused_with_the_line_to_type(
 
 def test_a_file_that_is_no_expert_after_model(wanfast: Wanfast, workdir: Path) -> None:
     outcome = wanfast("generate", "--model", "cat.png", "--image", "cat.png", "--prompt", "a cat", "--dry-run")
-    assert outcome.exit_code == 2 and "is a file: name the folder that holds the whole model" in outcome.err
+    assert outcome.exit_code == 2 and "is a file: give the folder that holds the whole model" in outcome.err
 
 
 def test_a_folder_without_experts_is_enough_for_both_options(wanfast: Wanfast, experts: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_folder_without_experts_is_enough_for_both_options(wanfast: Wanfast, e
     assert outcome.exit_code == 2 and "rest has neither high_noise_model/ nor transformer/" in outcome.err
     shutil.rmtree("rest/vae")
     outcome = wanfast("generate", *given, "--device", "cpu")
-    assert outcome.exit_code == 2 and "rest has neither Wan2.1_VAE.pth nor vae; name a Wan2.2 folder" in outcome.err
+    assert outcome.exit_code == 2 and "rest has neither Wan2.1_VAE.pth nor vae; give a Wan2.2 folder" in outcome.err
 
 
 def test_the_published_model_without_its_experts(experts: Path) -> None:
@@ -223,7 +223,7 @@ def test_an_empty_name_is_refused(wanfast: Wanfast, workdir: Path, words: tuple[
     assert (
         outcome.exit_code == 2
         and f"{words[0]} " in outcome.err
-        and "has an empty value: name a .safetensors" in outcome.err
+        and "has an empty value: give a .safetensors" in outcome.err
     )
 
 

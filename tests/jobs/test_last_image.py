@@ -84,7 +84,7 @@ def test_both_images_are_fitted_alike(wanfast: Wanfast, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--last-image", ""], "error: --last-image : has an empty value: name an image file"),
+        (["--last-image", ""], "error: --last-image : has an empty value: give an image file"),
         (["--last-image", "none.png"], "error: --last-image none.png: no such file; check the path"),
         (["--frames", "1"], "error: --last-image needs a first and a last frame: use --frames 5 or more"),
         (["--output", "last.mp4"], "would overwrite a file that a video is made from"),

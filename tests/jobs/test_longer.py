@@ -171,7 +171,7 @@ def test_a_continuation_holds_the_old_video_and_from_repeats_it(wanfast: Wanfast
         (["--fps", "16"], "--fps 16: the video of --continue-from has 12 frames per second, and its continuation must"),
         (["--fit", "pad"], "--fit pad: --continue-from gives no image that must be fitted: drop --fit"),
         (["--image", "cat.png"], "--image and --continue-from both say where the video starts: drop one of the two"),
-        (["--continue-from", ""], "--continue-from : has an empty value: name an mp4 file"),
+        (["--continue-from", ""], "--continue-from : has an empty value: give an mp4 file"),
         (["--frames", "1"], "--continue-from: a clip shares its first frame with what comes before"),
         (["--output", "old.mp4", "--overwrite"], "old.mp4 would overwrite a file that a video is made from"),
         (["--prompt", " "], "--prompt has no words"),
@@ -308,7 +308,7 @@ def test_an_earlier_video_is_decoded_while_it_is_encoded(tmp_path: Path, old: Pa
 
     old.write_bytes(b"damaged meanwhile")
     with (
-        pytest.raises(ConfigError, match="name a complete mp4 file"),
+        pytest.raises(ConfigError, match="give a complete mp4 file"),
         Recording((tmp_path / "b.mp4", tmp_path / "b.json"), 16, 6, overwrite=True) as recording,
     ):
         Joined(recording.add).begin_with(earlier_frames(str(old)))

@@ -74,11 +74,11 @@ def test_what_no_clip_can_continue_is_one_line(tmp_path: Path, monkeypatch: pyte
         container.mux(stream.encode(silence()))
         container.mux(stream.encode())
     for file, words in {
-        sound: "holds no frames: name a complete mp4 file",
+        sound: "holds no frames: give a complete mp4 file",
         tmp_path: "no such file; check the path",
         tmp_path / "none.mp4": "no such file; check the path",
-        cut: "name a complete mp4 file",
-        text: "name a complete mp4 file",
+        cut: "give a complete mp4 file",
+        text: "give a complete mp4 file",
         odd: "has 66x48 pixels, but the sides of a clip are multiples of 16: scale the file first, for example with "
         "`ffmpeg -i OLD.mp4 -vf scale=64:48 NEW.mp4`",
         slow: "has 29.97 frames per second, not a whole number up to 240: convert the file first",

@@ -126,9 +126,9 @@ def test_a_command_with_a_nul_is_one_line(wanfast: Wanfast, workdir: Path) -> No
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("", "--extend-prompt : has an empty value: name a program and its arguments"),
+        ("", "--extend-prompt : has an empty value: give a program and its arguments"),
         ("a 'b", "--extend-prompt a 'b: has a quote that is not closed: write the command as for a shell"),
-        ("./none x", "--extend-prompt ./none: cannot be started (No such file or directory): name a program that"),
+        ("./none x", "--extend-prompt ./none: cannot be started (No such file or directory): give a program that"),
     ],
 )
 def test_a_command_that_cannot_run_is_one_line(wanfast: Wanfast, command: str, words: str) -> None:

@@ -61,4 +61,4 @@ def test_what_is_wrong_in_a_sidecar_is_said(wanfast: Wanfast, workdir: Path) -> 
     assert missing.exit_code == 2 and "none.json: no such file; check the path" in missing.err
     Path("video.mp4").write_bytes(b"\x00\xff mp4")
     video = wanfast("generate", "--from", "video.mp4")
-    assert video.exit_code == 2 and "video.mp4: is not UTF-8 text: name the .json that wanfast writes" in video.err
+    assert video.exit_code == 2 and "video.mp4: is not UTF-8 text: give the .json that wanfast writes" in video.err

@@ -448,7 +448,7 @@ def test_a_folder_of_others_is_not_closed_to_them(tmp_path: Path) -> None:
     (folder / "notes").touch()
     Files(folder)  # it is closed already
     folder.chmod(0o755)
-    with pytest.raises(ConfigError, match="has files of other programs: name a folder that only the server uses"):
+    with pytest.raises(ConfigError, match="has files of other programs: give a folder that only the server uses"):
         Files(folder)
     assert folder.stat().st_mode & 0o777 == 0o755
 

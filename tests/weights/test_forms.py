@@ -414,9 +414,9 @@ def test_the_form_in_words(weights: dict[str, Tensor], tmp_path: Path) -> None:
     ("name", "kind", "words"),
     [
         ("none.safetensors", None, "none.safetensors: no such file: check the path"),
-        ("one.bin", "file", "one.bin: no weights that can be read: name a file that ends in .safetensors or .gguf, or"),
+        ("one.bin", "file", "one.bin: no weights that can be read: give a file that ends in .safetensors or .gguf, or"),
         ("empty", "folder", "empty: no weights that can be read"),
-        ("two", "two", "two: this folder holds 2 .gguf files: name one of them"),
+        ("two", "two", "two: this folder holds 2 .gguf files: give one of them"),
         (
             "wan2.2_i2v_low_noise_14B.gguf",
             "file",

@@ -134,4 +134,4 @@ def _check_ray(ray: str | None, replicas: int | None, database: str | None, port
             "--ray needs --database postgresql://USER@HOST/NAME, because SQLite cannot be shared by several machines"
         )
     if ray is not None and port == 0:
-        raise ConfigError("--port 0: Ray Serve cannot choose a port: name a port that is free on the cluster's head")
+        raise ConfigError("--port 0: Ray Serve cannot choose a port: give a port that is free on the cluster's head")

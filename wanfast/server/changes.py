@@ -36,8 +36,8 @@ class Changes:
         """Returns what has changed since the last look, as a JSON object; None if nothing has changed.
 
         The object has the server's status, the number of queued jobs of all owners, the videos that are new or changed,
-        the ids of deleted videos, and `older`. In the first look, `older` is the id after which `Store.page` continues,
-        if the owner has more ended videos.
+        the ids of deleted videos, and `older`. `older` is None, except in the first look if the owner has more ended
+        videos: then `older` is the id after which `Store.page` continues.
         """
         seen = self._store.overview(self._owner, MOST_VIDEOS)
         videos = {job.id: replies.video(job, seen.places.get(job.number)) for job in [*seen.unended, *seen.ended]}

@@ -74,7 +74,7 @@ class Served:
 
     @property
     def total_frames(self) -> int:
-        """Returns the number of frames of the longest video: joined clips, or one clip of `frames` if that is more."""
+        """Returns the number of frames of the longest video: the larger of `joined_frames` and `frames`."""
         return max(self.frames, self.joined_frames)
 
     @property
@@ -84,11 +84,12 @@ class Served:
 
     @classmethod
     def of(cls, opened: Opened, defaults: Mapping[str, Any], max_clips: int) -> Served:
-        """Describes what a server with the options `opened` of a handle offers.
+        """Describes what a server offers.
 
-        `defaults`: options of `Handle.make` that a request may override. `max_clips`: the largest number of clips of
-        one video. A video has one clip if clips have one frame, or if the model cannot start a clip from a frame.
-        Raises ConfigError if the server's recipe needs a last image.
+        `opened`: what the server's handle decided for all its videos. `defaults`: options of `Handle.make` that a
+        request may override. `max_clips`: the largest number of clips of one video. A video has one clip if
+        clips have one frame, or if the model cannot start a clip from a frame. Raises ConfigError if the server's
+        recipe needs a last image.
         """
         config, spec = opened.placed.config, opened.files.spec
         if (recipe := config.models.recipe) and _needs_last_image(recipe):

@@ -37,7 +37,7 @@ class Files:
             others = [file.name for file in folder.iterdir() if not file.name.lstrip(".").startswith(_OWN)]
             if folder.stat().st_mode & 0o077 and others:
                 raise ConfigError(
-                    f"--data-dir {folder}: has files of other programs: name a folder that only the server uses"
+                    f"--data-dir {folder}: has files of other programs: give a folder that only the server uses"
                 )
             folder.chmod(0o700)
         except OSError as error:

@@ -28,7 +28,7 @@ class Keys:
     def read(cls, file: Path) -> Keys:
         """Reads a key from each line; blank lines and lines that begin with # are left out. Raises ConfigError."""
         subject = f"--api-key-file {file}"
-        with foreign(subject, "name a UTF-8 text file with one key on each line"):
+        with foreign(subject, "give a UTF-8 text file with one key on each line"):
             lines = file.read_text(encoding="utf-8").splitlines()
         keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not keys:

@@ -50,7 +50,7 @@ def in_fields(error: Exception, path: str = "") -> tuple[str, str | None]:
     """Replaces the options in an error's message by the request's fields, such as --steps by num_inference_steps.
 
     `path`: a file of the server that the message must not name.
-    Returns (the new message, the first field in this message, or None if the message names no field).
+    Returns (the new message, the first field in this message). If the message names no field, the second value is None.
     """
     if isinstance(error, JoiningMemoryError):  # a request gives no clips, but the seconds of all of them
         return f"seconds: {error.need}: ask for fewer seconds, or for a smaller size", "seconds"

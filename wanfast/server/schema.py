@@ -107,7 +107,7 @@ def open_database(url: str) -> Engine:
             _create_tables(connection, option)
     except DBAPIError as error:
         words = " ".join(str(error.orig).split())
-        fix = "name another folder" if is_sqlite else "fix the URL or the database"
+        fix = "give another folder" if is_sqlite else "fix the URL or the database"
         raise ConfigError(f"{option}: the queue cannot be opened ({words:.200}): {fix}") from None
     return engine
 
@@ -125,7 +125,7 @@ def _create_tables(connection: Connection, option: str) -> None:
     if found != VERSION:
         raise ConfigError(
             f"{option}: its queue has tables of version {found}, but this wanfast uses version {VERSION}: use the "
-            "wanfast that made the queue, or name another folder or database"
+            "release of wanfast that made the queue, or give another folder or database"
         )
     is_new = not has(SCHEMA.name)
     METADATA.create_all(connection)

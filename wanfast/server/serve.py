@@ -195,7 +195,7 @@ def _alone(settings: ServerSettings) -> Iterator[None]:
             yield
     except Timeout:
         raise ConfigError(
-            f"--data-dir {settings.data_dir}: another server uses this folder: name another folder"
+            f"--data-dir {settings.data_dir}: another server uses this folder: give another folder"
         ) from None
 
 

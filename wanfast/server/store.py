@@ -146,7 +146,7 @@ class Store:
 
         If an earlier job has the same owner and the same Idempotency-Key, returns (the earlier job, False). Raises
         KeyReusedError if the earlier job was made from a different request or was deleted. Raises QueueFullError if
-        `most` jobs wait.
+        the number of waiting jobs is `most` or larger.
         """
         with self._writing() as connection:
             lock_adding(connection)
@@ -296,10 +296,11 @@ class Store:
         return ended + again.rowcount
 
     def cancel(self, video: str, owner: str, *, deletes: bool = False) -> StoredJob | None:
-        """Ends a queued or running job with the code `cancelled`; returns the job, or None if there is no such job.
+        """Cancels a job; returns the job, or None if there is no such job.
 
-        A job that has already ended keeps its status. If `deletes` is true, the owner can no longer see the job, and
-        its prompt, other options and figures are removed. Then the job is returned as it was before the call.
+        A queued or running job ends, and its code becomes `cancelled`. A job that has already ended keeps its status.
+        If `deletes` is true, the owner can no longer see the job, and its prompt, other options and figures are
+        removed. Then the job is returned as it was before the call.
         """
         mine = and_(_visible(owner), JOBS.c.id == video)
         with self._writing() as connection:
@@ -320,7 +321,7 @@ class Store:
         return {row.output or StoredJob.of(row).attempt for row in rows}
 
     def forget(self) -> None:
-        """Removes the rows of jobs 30 days after the video expired, or after the job failed."""
+        """Removes the rows of jobs whose video expired, or which failed, more than 30 days ago."""
         long_ago = time.time() - _HISTORY_S
         old = or_(JOBS.c.expires_at < long_ago, and_(JOBS.c.expires_at.is_(None), JOBS.c.completed_at < long_ago))
         with self._writing() as connection:

@@ -65,7 +65,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 def _lora_fix(text: str) -> str | None:
     path, strength = parse_lora(text)
     if not path.strip():
-        return "has an empty value: name a .safetensors file"
+        return "has an empty value: give a .safetensors file"
     if abs(strength) > _MOST_STRENGTH:
         return f"use a strength from -{_MOST_STRENGTH} to {_MOST_STRENGTH}; 1 adds the LoRA unscaled"
     return None
@@ -88,7 +88,7 @@ def _span_fix(text: str) -> str | None:
 
 
 def _expert_fix(path: str) -> str | None:
-    return None if path.strip() else "has an empty value: name a .safetensors or .gguf file, or a folder"
+    return None if path.strip() else "has an empty value: give a .safetensors or .gguf file, or a folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,4 +427,4 @@ def check_places(model: str, artifacts_dir: str) -> None:
     if not model.strip():
         raise ConfigError("--model has an empty value: use tiny, a14b, t2v-a14b or a folder of weights")
     if not artifacts_dir.strip():
-        raise ConfigError("--artifacts-dir has an empty value: name a folder, or drop --artifacts-dir")
+        raise ConfigError("--artifacts-dir has an empty value: give a folder, or drop --artifacts-dir")

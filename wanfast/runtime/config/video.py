@@ -61,15 +61,15 @@ def _sigmas_fix(text: str) -> str | None:
 
 def _command_fix(command: str) -> str | None:
     try:
-        return None if shlex.split(command) else "has an empty value: name a program and its arguments"
+        return None if shlex.split(command) else "has an empty value: give a program and its arguments"
     except ValueError:
         return "has a quote that is not closed: write the command as for a shell"
 
 
 def _output_fix(path: str) -> str | None:
     if not path.strip():
-        return "has an empty value: name an .mp4 file"
-    return None if PurePath(path).name else "is a folder: name an .mp4 file"
+        return "has an empty value: give an .mp4 file"
+    return None if PurePath(path).name else "is a folder: give an .mp4 file"
 
 
 def _size_fix(size: str) -> str | None:
@@ -91,7 +91,7 @@ class VideoConfig(Part):
             MAKE,
             asked=str,
             path=True,
-            check=lambda path: None if path.strip() else "has an empty value: name an mp4 file",
+            check=lambda path: None if path.strip() else "has an empty value: give an mp4 file",
         ),
     ] = None
     continue_from_sha256: str = ""
@@ -103,7 +103,7 @@ class VideoConfig(Part):
             MAKE,
             asked=str,
             path=True,
-            check=lambda path: None if path.strip() else "has an empty value: name an image file",
+            check=lambda path: None if path.strip() else "has an empty value: give an image file",
         ),
     ] = None
     last_image_sha256: str = ""

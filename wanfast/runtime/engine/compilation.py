@@ -179,7 +179,7 @@ def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, i
     assert folder is not None
     stranger = None if is_named else who_can_write([store.root, folder.parent, folder, *folder.iterdir()])
     if any(ranks.gather(stranger)):
-        fix = "if you trust this folder, name it by --artifacts-dir"
+        fix = "if you trust this folder, give it by --artifacts-dir"
         note(f"{stranger or folder}: compiled code is not loaded from this folder: {fix}")
         return None
     file = folder / _file(ranks.rank)

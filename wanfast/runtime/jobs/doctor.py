@@ -108,7 +108,7 @@ def _no_weights(models: ModelsConfig, weights: dict[str, Any], host: dict[str, A
     trouble: str | None = weights["trouble"]
     free, needed = host["disk_free_bytes"], model_files.DOWNLOADED.get(models.model, 0)
     if trouble and free < needed - weights["bytes"]:
-        return f"{trouble}; {host['disk']} has {free / 1e9:.1f} GB free: free some, or name another --artifacts-dir"
+        return f"{trouble}; {host['disk']} has {free / 1e9:.1f} GB free: free some, or give another --artifacts-dir"
     return trouble
 
 

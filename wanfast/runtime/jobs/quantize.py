@@ -114,7 +114,7 @@ def _check_disk(wanted: QuantizedExpert) -> None:
     needed = int(memory.expert_bytes(wanted.files.spec.dit, "bf16", wanted.scheme) * 1.01)
     root = wanted.store.root
     if (free := shutil.disk_usage(root).free) < needed:
-        fix = "free some disk space, or name another --artifacts-dir"
+        fix = "free some disk space, or give another --artifacts-dir"
         raise ConfigError(f"--artifacts-dir {root}: {gb(needed)} on disk are needed, but {gb(free)} are free: {fix}")
 
 

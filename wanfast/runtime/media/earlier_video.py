@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 OPTION = "--continue-from"
-_WHOLE = "name a complete mp4 file"
+_WHOLE = "give a complete mp4 file"
 MOST_FRAMES = 2400  # 6.6 GB of pixels at 1280x720
 _SIDE = 16  # pixels: sides are multiples of one token
 _UNNAMED = 2  # the number of a file that does not name the matrix of its colours
@@ -70,7 +70,7 @@ def earlier_frames(path: str) -> Iterator[npt.NDArray[np.uint8]]:
 
 
 def _sha256(file: Path, subject: str) -> str:
-    with foreign(subject, fix := "name an mp4 file that can be read"):
+    with foreign(subject, fix := "give an mp4 file that can be read"):
         is_file = file.is_file()
     if not is_file:
         raise ConfigError(f"{subject}: no such file; check the path")

@@ -41,7 +41,7 @@ def extended(command: str, prompt: str, image: str | None) -> str:
         done = _run(words, prompt.encode(), environment)
     except OSError as error:
         raise ConfigError(
-            f"{subject}: cannot be started ({error.strerror}): name a program that this user can run"
+            f"{subject}: cannot be started ({error.strerror}): give a program that this user can run"
         ) from None
     if done.is_late:
         raise ConfigError(f"{subject}: did not end within {TIMEOUT_S} s: use a faster program, or drop --extend-prompt")

@@ -1,4 +1,4 @@
-"""Makes requests from the command line and from the files that it names, and plans one video for each request.
+"""Makes requests from the command line and from its files, and plans one video for each request.
 
 The command line may name three files: a prompt (--prompt-file), an earlier video's JSON (--from), and a list of videos
 (--jobs). A line of the list overrides the command line, and the command line overrides the earlier run.
@@ -32,7 +32,7 @@ from wanfast.runtime.store.loras import loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
-_SIDECAR = "name the .json that wanfast writes beside a video"  # for --from
+_SIDECAR = "give the .json that wanfast writes beside a video"  # for --from
 _FEW_LINES = 5  # more bad lines than these are reported together, if no line is good
 # The options that are the same for all lines of a list, because one mesh makes all of them.
 _EXPERTS = [f"{expert}_expert" for expert in EXPERTS]
@@ -159,7 +159,7 @@ def _plan(
         check_skips(separate)
         for path in (path.resolve() for path in plan.outputs):
             if path in taken:
-                raise ConfigError(f"--output: line {taken[path]} writes {path} too: name another file")
+                raise ConfigError(f"--output: line {taken[path]} writes {path} too: give another file")
         _refuse_other_sources(request, plan)
         if request.expert_sha256 not in (None, plan.config.models.expert_sha256):
             raise ConfigError(
@@ -211,7 +211,7 @@ def _refuse_lost_sources(planned: list[Planned]) -> list[Planned]:
     checked = []
     for item in planned:
         lost = next((path for path in (item.plan.outputs if item.plan else ()) if path.resolve() in sources), None)
-        error = ConfigError(f"--output: {lost} would overwrite a file that a video is made from: name another file")
+        error = ConfigError(f"--output: {lost} would overwrite a file that a video is made from: give another file")
         if lost is not None and item.request.line is None:
             raise error
         checked.append(item if lost is None else Planned(item.request, error=error))
@@ -406,7 +406,7 @@ def _whole(file: Path | None, option: str) -> Path | None:
 
 
 def _read(file: Path, option: str) -> str:
-    named, fix = f"{option} {file}", _SIDECAR if option == "--from" else "name a UTF-8 text file that can be read"
+    named, fix = f"{option} {file}", _SIDECAR if option == "--from" else "give a UTF-8 text file that can be read"
     with foreign(named, fix):
         is_missing = not file.exists()
     if is_missing:

@@ -148,7 +148,7 @@ class _Actor(RemoteGroup):
     """This class is what runs on a machine of the cluster."""
 
     def start(self, jobs: Any) -> tuple[str, Document | None]:
-        """Returns the name of this machine in this cluster, and why its weights cannot be used, if so."""
+        """Returns (this machine's name in the cluster, an error if its weights cannot be used, else None)."""
         import ray
 
         node = ray.get_runtime_context().get_node_id()
@@ -160,7 +160,8 @@ def require_one_group(plan: Plan) -> None:
     ranks = plan.config.ranks
     if ranks.nnodes > 1:
         raise ConfigError(
-            "--ray and --nnodes exclude each other: --ray makes each video on one machine, and --nnodes one on several"
+            "--ray and --nnodes exclude each other: --ray makes each video on one machine, and "
+            "--nnodes makes each video on several machines"
         )
     if plan.mesh.replica > 1:
         raise ConfigError(

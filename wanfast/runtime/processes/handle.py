@@ -113,7 +113,10 @@ class Opened:
 
     @classmethod
     def of(cls, asked: dict[str, Any]) -> Opened:
-        """Plans a video of the given size, or of the model's own size, for one rank group. Raises WanFastError."""
+        """Plans the largest video of a handle, for one rank group. Raises WanFastError.
+
+        If `asked` has no `size`, the video has the model's own size.
+        """
         asked = accepted(asked)
         _refuse(asked, asked.keys() - OF_HANDLE - OF_ALL_VIDEOS, "a video", "Handle.make")
         if asked.get("nnodes", 1) != 1:

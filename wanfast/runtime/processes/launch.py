@@ -71,7 +71,7 @@ class _Batch:
     models: tuple[str, ...] = ()  # what each job loads: jobs with the same text share models
 
     def loads(self, index: int) -> str:
-        """Returns what a job loads."""
+        """Returns a text that identifies what job `index` loads; jobs with equal texts share models."""
         return self.models[index - self.indices.start]
 
     def remove(self, run_folder: Path) -> None:

@@ -10,7 +10,8 @@ launcher works. Later, the launcher does not count, because it is always busy wi
 The counters of the operating system show whether a process works: it reads, writes or touches new memory. On a CPU, CPU
 time counts as work too. On a GPU, CPU time does not count, because a host thread uses CPU time even while it only waits
 for its GPU. So a healthy rank on a GPU may show no work during a long computation. Therefore the time limit on a GPU is
-at least 600 s, or, in steps whose time is known, ten times the slowest earlier step.
+at least 600 s. Steps whose time is known are an exception, on a CPU too: the limit of such a step is at least ten times
+the slowest earlier step.
 A rank that waits for others in gloo shows no work: it uses 0.3 % of a core. This was not measured for NCCL's threads.
 Three kinds of hangs are not found. The first is an endless loop on a CPU. The second is a process that reads, writes or
 touches memory for ever. The third is a launcher that stops after it has formed its rank group but before the first
@@ -53,8 +54,8 @@ class Work:
     def of(cls, pid: int, reports: Iterable[Path] = (), *, on_cpu: bool) -> Work:
         """Adds up the bytes that a process read and wrote, and the memory pages that it touched for the first time.
 
-        `reports`: the files by which a rank reports. CPU time counts only if `on_cpu` is true, because a rank that
-        waits for its GPU also uses CPU time.
+        `reports`: a rank's report files; the newest mtime is the time of the last report. CPU time counts only if
+        `on_cpu` is true, because a rank that waits for its GPU also uses CPU time.
         """
         moved = ticks = 0
         with suppress(OSError):  # the process has ended

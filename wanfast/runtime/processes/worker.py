@@ -59,7 +59,10 @@ def main(run_folder: Path, number: int) -> None:
     replace_text(own_folder / "pid", str(os.getpid()))
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Writes the error, then ends the process, so that this error is older than those of peers that lose it."""
+        """Writes the error, and only then ends the process.
+
+        So this error is older than the errors that the end of this process causes in its peers.
+        """
         document = _error_document(error, _silent_s(own_folder), _timeout_s(run_folder))
         with suppress(ConfigError):  # without the file the parent still sees that this rank ended
             replace_text(own_folder / "error.json", json.dumps(document))

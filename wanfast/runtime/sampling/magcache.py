@@ -236,7 +236,7 @@ class _SkipRow:
     skips: int = 0
 
     def after(self, ratio: float) -> _SkipRow:
-        """Returns the row if this step is skipped too."""
+        """Returns the row that results when one more step, with this ratio, is skipped."""
         product = self.product * ratio
         return _SkipRow(self.settings, product, self.error + abs(1 - product), self.skips + 1)
 

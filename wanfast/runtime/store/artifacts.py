@@ -197,19 +197,19 @@ def key_of(inputs: dict[str, Any]) -> str:
 
 
 def check_root(root: Path) -> None:
-    """Raises a ConfigError that names --artifacts-dir if this process may not look up `root`. `root` may be missing.
+    """Raises ConfigError, which names --artifacts-dir, if `root` cannot be looked up, for example without permission.
 
-    After this check, calls such as `root.is_dir()` raise nothing.
+    A missing `root` is no error. After this check, calls such as `root.is_dir()` raise nothing.
     """
-    with foreign(f"--artifacts-dir {str(root)!r:.60}", "name a folder that can be read"):
+    with foreign(f"--artifacts-dir {str(root)!r:.60}", "give a folder that can be read"):
         root.exists()
 
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Turns an OSError of a `with` block that writes into the store into a ConfigError that names --artifacts-dir.
+    """Replaces an OSError of the `with` block, which writes into the store, by a ConfigError.
 
-    The error's message also names `place`.
+    The ConfigError names --artifacts-dir and `place`.
     """
     try:
         yield

@@ -31,10 +31,11 @@ PLAN = "plan.json"
 
 
 def plan_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
-    """Returns the inputs on which a calibration's errors depend. Raises MissingArtifactError if weights are missing.
+    """Returns the inputs of a calibration on which its measurements depend.
 
-    `set_digest` is the digest of the clips. A plan is chosen from the errors. The plan's key holds these inputs, the
-    target of the errors, and whether heads may be in float8.
+    `set_digest` is the digest of the clips. The measurements are the errors of attention, and a plan is chosen from
+    them. The plan's key holds these inputs, the target error, and whether heads may be in float8. Raises
+    MissingArtifactError if weights are missing.
     """
     inputs = curve_inputs(config, files, set_digest)
     code = digest_of_code("attention_calib/*.py", "runtime/facts/densities.py", "runtime/facts/sparsity.py")

@@ -87,7 +87,7 @@ class NamedExpert:
     @property
     def files(self) -> list[Path]:
         """Returns the files of the expert. Raises ConfigError if the path does not hold the weights of one expert."""
-        fix = f"name a file that ends in {' or '.join(SUFFIXES)}, or a folder with such files"
+        fix = f"give a file that ends in {' or '.join(SUFFIXES)}, or a folder with such files"
         with foreign(self.subject, fix):
             exists, is_folder, in_gguf = self.path.exists(), self.path.is_dir(), sorted(self.path.glob("*.gguf"))
         found = (shards_in(self.path) or in_gguf) if is_folder else [self.path]
@@ -96,7 +96,7 @@ class NamedExpert:
         if not found or any(file.suffix not in SUFFIXES for file in found):
             raise ConfigError(f"{self.subject}: no weights that can be read: {fix}")
         if len(found) > 1 and found[0].suffix == ".gguf":
-            raise ConfigError(f"{self.subject}: this folder holds {len(found)} .gguf files: name one of them")
+            raise ConfigError(f"{self.subject}: this folder holds {len(found)} .gguf files: give one of them")
         return found
 
     def header(self) -> ExpertHeader:
@@ -216,7 +216,7 @@ def _header(named: NamedExpert) -> ExpertHeader:
             name = _PREFIX.sub("", stored.key)
             if name in found:
                 raise CorruptArtifactError(
-                    f"{subject}: tensor {stored.key!r} is present twice: name the files of one expert"
+                    f"{subject}: tensor {stored.key!r} is present twice: give the files of one expert only"
                 )
             found[name] = stored
     return ExpertHeader(_with_scales(found, marks, named.subject))
@@ -321,6 +321,6 @@ def _check_marks(found: Mapping[str, Stored], marks: Mapping[str, Any], subject:
             kept = f"is stored as {stored.dtype}" if stored else "has no weight in the file"
             raise CorruptArtifactError(
                 f"{subject}: layer {layer!r} {kept}, but its comfy_quant entry says {words!r:.80}, which wanfast "
-                "cannot read: use a file in fp16 or bf16, or a file whose comfy_quant entries name only one of these "
+                "cannot read: use a file in fp16 or bf16, or a file whose comfy_quant entries all hold one of these "
                 f"formats: {known}"
             )

@@ -66,9 +66,10 @@ def own_loras(models: ModelsConfig, root: Path) -> dict[str, tuple[str, ...]]:
 
 
 def require_distilled(models: ModelsConfig, spec: ModelSpec, root: Path) -> None:
-    """Raises ConfigError if neither the user nor the model in `root` gives distilled weights that the recipe needs.
+    """Raises ConfigError if an expert has no distilled weights, but the recipe needs them.
 
-    Any LoRA and any file of the expert is accepted, because a file does not say whether its weights are distilled.
+    The weights may come from the user or from the model in `root`. Any LoRA and any file of the expert is accepted,
+    because a file does not say whether its weights are distilled.
     """
     own = own_loras(models, root)
     missing = tuple(expert for expert in _undistilled(models) if f"lora_{expert}" not in own)

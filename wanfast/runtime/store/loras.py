@@ -141,7 +141,7 @@ def read_header(file: Path, option: str) -> LoraHeader:
     Raises ConfigError for a missing file, and CorruptArtifactError for a file that holds no LoRA.
     """
     subject = f"{option} {file}"
-    with foreign(subject, "name a file that can be read"):
+    with foreign(subject, "give a file that can be read"):
         is_file = file.is_file()
     if not is_file:
         raise ConfigError(f"{subject}: no such file: check the path")

@@ -55,7 +55,7 @@ def read_spec(root: Path, places: Places, published: ModelSpec = A14B) -> ModelS
 
     If this file is missing, the config files of the model's layout give most sizes, and a model_index.json the noise
     boundary. All other facts are then those of `A14B` if the model takes images, and those of `T2V_A14B` if it does
-    not. If the config file of the transformer is missing too, they are those of `published`. Raises
+    not. If the config file of the transformer is missing too, all other facts are those of `published`. Raises
     CorruptArtifactError, which names the file and the key.
     """
     if document := _read_facts(root / _FACTS_FILE):

@@ -198,7 +198,7 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
                 )
             _check_channels(model, spec)
             return ModelFiles(root, layout, spec, fix, artifacts, experts)
-    raise ConfigError(f"--model {model}: {root} has neither {' nor '.join(signs.values())}; name a Wan2.2 folder")
+    raise ConfigError(f"--model {model}: {root} has neither {' nor '.join(signs.values())}; give a Wan2.2 folder")
 
 
 def _check_channels(model: str, spec: ModelSpec) -> None:
@@ -222,7 +222,7 @@ def _signs(experts: tuple[NamedExpert, ...]) -> dict[Layout, str]:
 def _instead_of(file: Path) -> str:
     """Returns what to type instead of --model with a file: the options for experts, with both files of a pair."""
     if file.suffix not in SUFFIXES:
-        return "name the folder that holds the whole model"
+        return "give the folder that holds the whole model"
     other = file.with_name(re.sub("|".join(_HALVES), lambda found: _HALVES[found[0]], file.name))
     pair = [file, other if other != file and other.is_file() else Path("FILE")]
     if "low" in file.name.lower() and "high" not in file.name.lower():
@@ -243,7 +243,7 @@ def _published_root(model: PublishedModel, artifacts: Path, experts: tuple[Named
     """Returns the first folder that holds a model; if there is none, the original layout's in the artifacts folder."""
     own = [artifacts / checkpoints(model, layout) for layout in REPOS[model]]
     signs = _signs(experts).values()
-    with foreign(f"--artifacts-dir {str(artifacts)!r:.60}", "name a folder that can be read"):
+    with foreign(f"--artifacts-dir {str(artifacts)!r:.60}", "give a folder that can be read"):
         found = next((root for root in own if any((root / sign).exists() for sign in signs)), None)
     return found or next((root for layout in REPOS[model] for root in _cached(model, layout, experts)), own[0])
 

@@ -280,7 +280,7 @@ class _Part:
     is_shared: bool  # every rank reads a part, and all hold the whole
 
     def whole(self, rows: Tensor, ranks: Ranks) -> Tensor:
-        """Returns what this rank holds of the parameter, from the rows that it read."""
+        """Returns what this rank holds of the parameter; `rows` are the rows that this rank read."""
         return ranks.gather_rows(rows) if self.is_shared else from_own_rows(rows, self.wanted)
 
 

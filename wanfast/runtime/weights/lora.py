@@ -54,7 +54,10 @@ class _Change:
     keys: tuple[str, ...]  # (difference,) or (up, down)
 
     def add_to(self, sums: Tensor, span: tuple[int, int]) -> Finite:
-        """Adds the rows of `span` to the float32 `sums` of these rows; returns which stored tensors are finite."""
+        """Adds the change's rows `span` to `sums`, which holds the same rows in float32.
+
+        Returns which stored tensors are finite.
+        """
         first, *others = (self._read(key, each, sums) for key, each in zip(self.keys, (span, None), strict=False))
         if others:
             with _full_float32():
