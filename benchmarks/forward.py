@@ -12,7 +12,7 @@ float32. By design, diffusers computes the text's keys and values in every block
 once per prompt.
 --profile adds a table of the time of each kernel. --reference times one of our blocks beside a block in the original
 program's style. --by-depth times eager blocks at several depths, each on the activations that reach this depth. --tiny
-sets --grid, --kernels and --diffusers, and takes small layers.
+sets --grid and --kernels, and takes small layers.
 
 --ranks times compiled ways only. They are the first kernel on each GPU by itself, the first kernel with Ulysses over
 groups of 2, 4, ... and all GPUs, and diffusers with its own Ulysses. All groups of a way work at once, and the slowest

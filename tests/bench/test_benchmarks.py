@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +90,7 @@ QUICK: dict[str, Form] = {
     "warm_start": ("--tiny", ["received/ratio", "warmup/bytes"]),
     "whole_video --random": (f"--random {OF_HOLES}", ["beyond_denoising_s/list/median"]),
 }
-# Programs that measure nothing, or that measure the tiny model, and the tests that run them.
+# Other programs, and the tests that run them: most only write tables.
 ELSEWHERE = {
     "attention_table": "bench/test_attention_table.py",
     "kinds_table": "bench/test_kinds_table.py",
@@ -121,8 +123,9 @@ def test_each_benchmark_is_run() -> None:
 
 
 @pytest.fixture
-def narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None) -> None:
-    """Lets the programs use a narrow model, fork, and compile nothing."""
+def narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None) -> Iterator[None]:
+    """Lets the programs use a narrow model, fork, and compile nothing; afterwards restores the handlers of signals."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     spawned, whole_video = program("spawned"), program("whole_video")
     start, context = spawned.mp.start_processes, whole_video.mp.get_context
     monkeypatch.setattr(spawned.mp, "start_processes", lambda *given, start_method: start(*given, start_method="fork"))
@@ -135,7 +138,11 @@ def narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None) -> Non
     for name in ("second_video", "start", "whole_video"):  # forks would remove a temporary folder when they end
         kept = SimpleNamespace(TemporaryDirectory=lambda **given: nullcontext(str(tmp_path)))
         monkeypatch.setattr(program(name), "tempfile", kept)
+    monkeypatch.setattr(whole_video, "set_environment", lambda: None)
     monkeypatch.setenv("WANFAST_ARTIFACTS", str(tmp_path / "artifacts"))
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("case", FAST)
