@@ -9,8 +9,9 @@ With --random the weights are random, in bf16, and in memory if there is room (2
 UMT5). A first video hashes them, writes bytecode and fills caches. The measured ones follow: a prompt that is known, a
 new prompt, and a list of three videos. Each row has the wall time from start to end of the command, the leader's
 seconds by stage, what lies outside of all stages, and what lies beyond denoising, which hardly depends on --steps. In a
-list, a video's wall time is from when the video before is written to when its own is; `list` in `beyond_denoising_s`
-leaves out the first one. `end_s` is from the last video to the end of the command. The VAE's last layer is scaled down,
+list, a video's wall time is from when the video before is written to when its own is, and the file of the video before
+is written meanwhile. So from the second one on, writing is no part of the stages. `list` in `beyond_denoising_s` leaves
+out the first one. `end_s` is from the last video to the end of the command. The VAE's last layer is scaled down,
 so that x264 gets smooth frames. --long adds a known prompt with more steps, --noise one whose frames are noise.
 
 Without --random the files of the experts and the text encoder are holes, which read as zeros without a disk. One run
@@ -189,8 +190,8 @@ def _rows(name: str, run: Run) -> list[dict[str, Any]]:
     rows = []
     for made, begun, ended in zip(run.documents, begins, ends, strict=False):
         stages = {stage: value for stage, value in made["seconds"].items() if stage != "total"}
-        wall = ended - begun
-        row = {"wall_s": wall, "outside_s": wall - sum(stages.values()), "beyond_denoising_s": wall - stages["denoise"]}
+        wall, own = ended - begun, {stage: value for stage, value in stages.items() if stage != "write" or not rows}
+        row = {"wall_s": wall, "outside_s": wall - sum(own.values()), "beyond_denoising_s": wall - stages["denoise"]}
         rows.append({key: round(value, 3) for key, value in row.items()} | {name: made[name] for name in FIGURES})
         print(f"{name:12}", row | stages, file=sys.stderr, flush=True)
     rows[-1]["end_s"] = round(run.ended - written[-1], 3)
