@@ -126,6 +126,7 @@ class RankGroups:
         on_result: ResultFn,
         on_progress: ProgressFn,
         cancelled: Callable[[], bool] = lambda: False,
+        is_last: bool = False,
     ) -> list[dict[str, Any]]:
         """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
 
@@ -136,12 +137,15 @@ class RankGroups:
         If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a callback raises an Exception, the
         jobs end and that exception is raised. In both cases the ranks keep running. Any other exception, such as
         KeyboardInterrupt, ends all ranks immediately. In all cases, no half-written file is left.
+        If `is_last`, no batch may follow, and each group ends when no job is left for it.
         """
         self._start_missing()
         if cancelled():
             raise CancelledError
         batch = self._send({"verb": verb, "worker": worker, "jobs": jobs}, outputs)
         try:
+            if is_last:
+                replace_text(self._folder / CLOSE, "")
             results = self._watch(batch, on_result, on_progress, cancelled)
             if cancelled():  # perhaps too late for the ranks
                 raise CancelledError
