@@ -23,6 +23,7 @@ import pytest
 
 from tests.clean import CleanPopen
 from tests.configs import effective_config
+from tests.conftest import Outcome
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.processes import elastic, failures, launch
 from wanfast.runtime.processes.claims import claim
