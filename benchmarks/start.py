@@ -63,7 +63,15 @@ def worker(module):
     mark("worker imported")
     before(module, "run", "ready")
 
+def leaving(module):
+    leave = module.leave
+    def marked(code):
+        mark("ranks leave" if "RANK" in os.environ else "launchers leave")
+        leave(code)
+    module.leave = marked
+
 AFTER = {
+    "wanfast.runtime.processes.forks": leaving,
     "wanfast.commands.dispatch": lambda module: before(module, "run_jobs", "plan made"),
     "torch": lambda module: mark("torch imported"),
     "torch.distributed.launcher.api": lambda module: mark("launcher imported"),

@@ -24,7 +24,8 @@ CARD = "wanfast/assets/tiny/README.md"
 MOVERS = {"shape": "shapes", "camera": "a camera over photographs"}
 EXAMPLES = "wanfast/assets/examples"
 SCHEMES = ("int8-weight-only", "int8-dynamic", "fp8-rowwise")
-OF_README = ("E012K2R20, low-noise-only", "E024K2R10, low-noise-only")  # the settings of MagCache that README shows
+OF_README = "E012K2R20, low-noise-only"  # the setting of MagCache that README shows
+DENSITY = 0.35  # that README shows
 
 
 def written(root: Path) -> dict[str, str]:
@@ -75,6 +76,12 @@ class Results:
         number, _, unit = form.partition(" ")
         figure = f"{self.value(name, path) * factor:{number}}{' ' + unit if unit else ''}"
         self.figures.setdefault(name, {}).setdefault(figure, path + (f" * {factor}" * (factor > 1)))
+        return figure
+
+    def ratio(self, name: str, path: str, base: str, form: str) -> str:
+        """Returns a figure divided by another figure of the same file, as the page shows it."""
+        figure = f"{self.value(name, path) / self.value(name, base):{form}}"
+        self.figures.setdefault(name, {}).setdefault(figure, f"{path} / {base}")
         return figure
 
     def of(self, name: str, path: str) -> str:
@@ -222,15 +229,22 @@ def lossy(results: Results) -> list[str]:
         error = results.shown("quantized-errors", f"ways/{scheme}/error_by_layer/0", ".3f")
         psnr = results.shown(f"tiny-quality-{scheme}", "psnr_unquantized", ".1f dB")
         rows.append([f"`--quantize {scheme}`", gain, error, f"{psnr}[^tiny]"])
-    gains = [results.shown("magcache-h200", "ratio", ".3f"), "not measured"]
-    for settings, gain in zip(OF_README, gains, strict=True):
-        row = _row(results, "tiny-magcache", settings, "greedy")
-        share = results.shown("tiny-magcache", f"{row}/skipped_share", ".1f %", 100)
-        psnr = results.shown("tiny-magcache", f"{row}/psnr_unskipped", ".1f dB")
-        name = f"`--magcache {settings.split(',')[0]} --magcache-joint off`, {share} of the forwards skipped"
-        rows.append([name, gain, "", f"{psnr}[^tiny]"])
+    row = _row(results, "tiny-magcache", OF_README, "greedy")
+    share = results.shown("tiny-magcache", f"{row}/skipped_share", ".1f %", 100)
+    psnr = results.shown("tiny-magcache", f"{row}/psnr_unskipped", ".1f dB")
+    name = f"`--magcache {OF_README.split(',')[0]} --magcache-joint off`, {share} of the forwards skipped"
+    rows.append([name, results.shown("magcache-h200", "ratio", ".3f"), "", f"{psnr}[^tiny]"])
+    for option, way, density in ((f"sparse --density {DENSITY}", "uniform", DENSITY), ("fa3-fp8", "fp8", None)):
+        found = [(row["way"], row["asked_density"]) for row in results.value("tiny-attention", "rows")]
+        psnr = results.shown("tiny-attention", f"rows/{found.index((way, density))}/psnr_dense", ".1f dB")
+        compared = f"{psnr} to dense attention, {results.value('tiny-attention', 'pairs')} pairs[^tiny]"
+        rows.append([f"`--attention {option}`", "not measured", "", compared])
+    gain = results.ratio("vae-h200", "seconds/decode bf16", "seconds/decode tf32", ".3f")
+    psnr = results.shown("tiny-lossy", "decoder_bf16_psnr", ".1f dB")
+    name = "`--vae-precision bf16`, the default, compared with `fp32`"
+    rows.append([name, f"[{gain} of decoding](docs/several-gpus.md#the-vae)", "", f"{psnr} to float32[^tiny]"])
     head = ["lossy", "speed on one H200", "a layer's error[^errors]", "PSNR to the tiny model's bf16 video"]
-    names = [*(f"tiny-quality-{scheme}" for scheme in SCHEMES), "tiny-magcache"]
+    names = [*(f"tiny-quality-{scheme}" for scheme in SCHEMES), "tiny-magcache", "tiny-attention", "tiny-lossy"]
     return [*table(head, rows), "", *results.footnote("tiny", *names)]
 
 

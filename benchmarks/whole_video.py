@@ -10,10 +10,11 @@ which are one file, and 11.4 GB for UMT5. A first video is not counted: it hashe
 caches. Three commands are then measured: a prompt whose embedding is stored, a new prompt, and a list of three videos.
 Each row has the wall time of the command and the leader's seconds in each stage. `outside_s` is the wall time outside
 of all stages. `beyond_denoising_s` is the wall time without denoising, which hardly depends on --steps. In a list, a
-video's wall time begins when the video before it is written, and ends when the video itself is written. The summary
-`beyond_denoising_s` leaves out the first video of each list, because it includes the start. `end_s` is the time from
-the last video to the end of the command. The VAE's last layer is scaled down, so that x264 gets smooth frames. --long
-adds a video with more steps. --noise adds a video whose frames are noise. Both have the stored prompt.
+video's wall time begins when the video before it is written, and ends when the video itself is written. From the second
+video of a list on, `outside_s` does not leave out the stage `write`, because the video before is written meanwhile. The
+summary `beyond_denoising_s` leaves out the first video of each list, because it includes the start. `end_s` is the time
+from the last video to the end of the command. The VAE's last layer is scaled down, so that x264 gets smooth frames.
+--long adds a video with more steps. --noise adds a video whose frames are noise. Both have the stored prompt.
 
 `step_s` has the leader's seconds of each step. `guided_step_s` and `unguided_step_s` are medians of steps with guidance
 and without, and `unguided_share` is their ratio. `regrouping_s` says for each regrouping of the ranks how much longer
@@ -214,8 +215,8 @@ def _rows(name: str, run: Run) -> list[dict[str, Any]]:
     rows = []
     for made, begun, ended in zip(run.documents, begins, ends, strict=False):
         stages = {stage: value for stage, value in made["seconds"].items() if stage != "total"}
-        wall = ended - begun
-        row = {"wall_s": wall, "outside_s": wall - sum(stages.values()), "beyond_denoising_s": wall - stages["denoise"]}
+        wall, own = ended - begun, {stage: value for stage, value in stages.items() if stage != "write" or not rows}
+        row = {"wall_s": wall, "outside_s": wall - sum(own.values()), "beyond_denoising_s": wall - stages["denoise"]}
         steps = of_steps(made)
         rows.append({key: round(value, 3) for key, value in row.items()} | {name: made[name] for name in FIGURES})
         rows[-1] |= steps

@@ -23,6 +23,7 @@ import pytest
 
 from tests.clean import CleanPopen
 from tests.configs import effective_config
+from tests.conftest import Outcome
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.processes import elastic, failures, launch
 from wanfast.runtime.processes.claims import claim
@@ -252,6 +253,25 @@ video_file.Mp4Writer = Killed
     assert code == 5 and "rank 0 was killed by SIGKILL" in err
     (workdir / "written").unlink()
     assert only_inputs(workdir)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_groups_of_a_command_end_without_being_asked(
+    wanfast: Callable[..., Outcome], workdir: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    """No batch follows, so that a GPU is already free while the command prints the result."""
+    close, codes = launch.RankGroups.close, []
+
+    def noted(self: launch.RankGroups) -> None:
+        codes.extend(launcher.wait(20) for launcher in self._launchers.values())
+        close(self)
+
+    monkeypatch.setattr(launch.RankGroups, "close", noted)
+    lines = [json.dumps({"output": f"{number}.mp4", "steps": 1}) for number in range(jobs)]
+    (workdir / "jobs.jsonl").write_text("\n".join(lines))
+    outcome = wanfast("generate", *SMALL, "--num-gpus", "2", "--jobs", "jobs.jsonl", "--ulysses", "1")
+    assert outcome.exit_code == 0, outcome.err
+    assert codes == [0] * len(codes) and codes
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])

@@ -47,6 +47,7 @@ def run_jobs(
     address of a Ray cluster; the ranks that the first plan describes then run on each machine of the cluster.
     `on_result(index, result)` is called as soon as a job is done.
     """
+    atexit.register(gc.freeze)  # else the interpreter, before it ends, searches all modules for garbage
     config = plans[0].config
     documents = [job.to_json() for job in jobs]
     folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": verb, "jobs": documents})
@@ -63,7 +64,13 @@ def run_jobs(
             outputs = [output for plan in plans for output in plan.outputs] if verb == "generate" else []
             with RankGroups(folder, config.ranks, num_groups(config.ranks, len(jobs))) as ranks:
                 results = ranks.run(
-                    verb, _WORKERS[verb], documents, outputs, on_result=on_result, on_progress=on_progress
+                    verb,
+                    _WORKERS[verb],
+                    documents,
+                    outputs,
+                    on_result=on_result,
+                    on_progress=on_progress,
+                    is_last=True,
                 )
     if verb == "generate":
         past_runs.record(config.models.artifacts_dir, results)
@@ -93,7 +100,6 @@ def _here(
     """Runs the jobs on one rank in this process."""
     if device == "cuda":
         gpus.set_environment()
-    atexit.register(gc.freeze)  # else the interpreter, before it ends, searches all of torch for garbage
     from wanfast.runtime.distributed.ranks import Ranks  # torch begins here
     from wanfast.runtime.engine.session import Sessions
     from wanfast.runtime.processes.worker import worker_half

@@ -18,8 +18,8 @@ import numpy as np
 
 from wanfast.runtime.engine.pixels import Frame, Frames
 from wanfast.runtime.engine.session import Made, Session, Sessions, Sources
-from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.jobs.loop import FrameFileFn, Result, by_step, run_jobs
+from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.jobs.loop import FinishFn, FrameFileFn, Result, by_step, run_jobs
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.job import Job
@@ -39,21 +39,38 @@ def run(
     share: Share = Share(),
     progress: ProgressFn = lambda index, stage, done, total: None,
     frames_of: FrameFileFn,
-) -> Iterator[tuple[int, Result]]:
+) -> Iterator[tuple[int, Result | FinishFn]]:
     """Makes the videos of `jobs`, and yields (index, result) of each job when it is done.
 
     Jobs that another rank group claims are left to that group. For a job without an output file, the frames are
     written into the file `frames_of(index)`.
+    In a list, the files of a video are completed while the next video is made: x264 holds back half of the frames
+    until it has got the last one. So each job of a list yields (index, finish) as soon as its frames are decoded. The
+    leader must call `finish()` once, in any thread. It writes the files, and returns the result or the error. This
+    is not done for rank groups that span machines, because each machine needs the result.
     """
-    yield from run_jobs(partial(make_video, frames_of=frames_of), jobs, sessions, share, progress)
+    is_list = len(jobs) > 1 and jobs[0].config.ranks.nnodes == 1
+    work = partial(make_video, frames_of=frames_of, finishes_later=is_list)
+    yield from run_jobs(work, jobs, sessions, share, progress)
 
 
-def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_of: FrameFileFn) -> Result:
+def make_video(
+    index: int,
+    job: Job,
+    session: Session,
+    progress: ProgressFn,
+    *,
+    frames_of: FrameFileFn,
+    finishes_later: bool = False,
+) -> Result | FinishFn:
     """Makes one video; the leader writes its .mp4 and .json.
 
-    If the job has no output file, the leader writes the frames to the file `frames_of(index)` instead.
+    If the job has no output file, the leader writes the frames to the file `frames_of(index)` instead. If
+    `finishes_later`, returns the function that completes the files; see `run`.
     """
-    with _recording(job, frames_of(index)) as recording:
+    with ExitStack() as opened:
+        recording = _recording(job, frames_of(index))
+        opened.enter_context(recording)
         joined = Joined(recording.add)
         if earlier := job.config.video.continue_from:  # decoded again for its image, because all frames fill memory
             session.ranks.lead(lambda: joined.begin_with(earlier_frames(earlier)))
@@ -64,7 +81,19 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
             )
             for number, clip in enumerate(clips, 1)
         ]
-        return session.ranks.lead(lambda: recording.finish(_document(_plan_of(job, made), made)))
+        if finishes_later:
+            return partial(_finish, opened.pop_all(), recording, job, made)
+        result: Result = session.ranks.lead(lambda: recording.finish(_document(_plan_of(job, made), made)))
+        return result
+
+
+def _finish(opened: ExitStack, recording: sidecar.Recording | FramesFile, job: Job, made: list[Made]) -> Result:
+    """Completes the files of a video, and returns the result or the error. Closes `opened`, which holds the files."""
+    with opened:
+        try:
+            return recording.finish(_document(_plan_of(job, made), made))
+        except WanFastError as error:
+            return failure(error)
 
 
 def _recording(job: Job, frames: Path) -> sidecar.Recording | FramesFile:

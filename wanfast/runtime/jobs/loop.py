@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,14 +39,16 @@ from wanfast.runtime.planning.progress import LOADING, ProgressFn, StageFn
 from wanfast.runtime.planning.share import MOST_LOADS, Share
 
 Result = dict[str, Any]  # the verb's document, or {"error", "exit_code"}
+FinishFn = Callable[[], Result]  # completes a result on the leader, without the other ranks
 FrameFileFn = Callable[[int], Path]  # (job) -> the file of its frames, if the job has no output file
-WorkFn = Callable[[int, Job, Session, ProgressFn], Result]
+T = TypeVar("T")
+WorkFn = Callable[[int, Job, Session, ProgressFn], T]
 
 
 def run_jobs(
-    work: WorkFn, jobs: list[Job], sessions: Sessions, share: Share, progress: ProgressFn
-) -> Iterator[tuple[int, Result]]:
-    """Runs `work` on every job that this rank group claims, and yields (index, result) of each job.
+    work: WorkFn[T], jobs: list[Job], sessions: Sessions, share: Share, progress: ProgressFn
+) -> Iterator[tuple[int, T | Result]]:
+    """Runs `work` on every job that this rank group claims; yields (index, what `work` returned, or an error) of each.
 
     Jobs with the same models run one after the other, so that models are loaded once.
     """
@@ -57,7 +59,7 @@ def run_jobs(
         yield from _run_alike(work, {index: jobs[index] for index in indices}, sessions, share, progress)
 
 
-def measuring(measure: WorkFn) -> Callable[..., Iterator[tuple[int, Result]]]:
+def measuring(measure: WorkFn[Result]) -> Callable[..., Iterator[tuple[int, Result]]]:
     """Returns the worker half of a calibration: a function `run`, which yields the measurements of each job's clip.
 
     `measure` makes and measures the clip of one job.
@@ -83,8 +85,8 @@ def by_step(progress: StageFn, steps: int) -> Callable[[int, Expert], None]:
 
 
 def _run_alike(
-    work: WorkFn, jobs: dict[int, Job], sessions: Sessions, share: Share, progress: ProgressFn
-) -> Iterator[tuple[int, Result]]:
+    work: WorkFn[T], jobs: dict[int, Job], sessions: Sessions, share: Share, progress: ProgressFn
+) -> Iterator[tuple[int, T | Result]]:
     """Runs `work` on jobs that share models. A job whose models cannot be loaded fails, and the next job tries again.
 
     After the last of MOST_LOADS tries, all jobs that this rank group can still claim fail for the same reason.

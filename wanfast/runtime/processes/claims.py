@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from wanfast.runtime.processes.run_folder import CLAIMS
@@ -44,6 +45,11 @@ def claimed_by(run_folder: Path, index: int) -> int | None:
     if place.is_symlink():
         return int(place.readlink().name)
     return int(next(place.iterdir()).name) if place.is_dir() else None
+
+
+def newest(run_folder: Path, indices: Iterable[int]) -> int:
+    """Returns the job that was claimed last, of jobs that are claimed."""
+    return max(indices, key=lambda index: _place(run_folder, index).lstat().st_mtime_ns)
 
 
 def forget(run_folder: Path, index: int) -> None:

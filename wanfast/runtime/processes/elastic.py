@@ -76,7 +76,7 @@ def _launch(run_folder: Path, number: int, config: RanksConfig, ranks: list[Fork
         rdzv_endpoint=config.rdzv_endpoint or "" if spans_machines else "localhost:0",
         rdzv_configs={"rank": config.node_rank, "timeout": int(config.rank_timeout)} if spans_machines else {},
         max_restarts=0,
-        monitor_interval=0.1,
+        monitor_interval=0.02,  # so that the end of a rank is soon noticed
         logs_specs=DefaultLogsSpecs(log_dir=str(run_folder / "logs"), redirects=Std.ALL),
         local_addr=None if spans_machines else "127.0.0.1",
     )

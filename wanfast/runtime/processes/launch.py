@@ -34,7 +34,7 @@ from wanfast.runtime.errors import (
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
 from wanfast.runtime.planning.progress import ProgressFn, ResultFn
 from wanfast.runtime.planning.share import MOST_LOADS
-from wanfast.runtime.processes.claims import claim, claimed_by, forget
+from wanfast.runtime.processes.claims import claim, claimed_by, forget, newest
 from wanfast.runtime.processes.failures import error_of_group, was_loading
 from wanfast.runtime.processes.pace import Pace, follow, works
 from wanfast.runtime.processes.run_folder import (
@@ -126,21 +126,26 @@ class RankGroups:
         on_result: ResultFn,
         on_progress: ProgressFn,
         cancelled: Callable[[], bool] = lambda: False,
+        is_last: bool = False,
     ) -> list[dict[str, Any]]:
         """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
 
         `on_result` gets each result as soon as the job is done. If a group dies, its current job fails with the group's
-        error, and the group is started again for the remaining jobs. There are two exceptions. A group that cannot load
-        its models is not started again while other groups live, and a group that spans machines is not started again.
+        error, and the group is started again for the remaining jobs. If it had not completed the files of the job
+        before, this job is done again. There are two exceptions. A group that cannot load its models is not started
+        again while other groups live, and a group that spans machines is not started again.
         If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a callback raises an Exception, the
         jobs end and that exception is raised. In both cases the ranks keep running. Any other exception, such as
         KeyboardInterrupt, ends all ranks immediately. In all cases, no half-written file is left.
+        If `is_last`, no batch may follow, and each group ends when no job is left for it.
         """
         self._start_missing()
         if cancelled():
             raise CancelledError
         batch = self._send({"verb": verb, "worker": worker, "jobs": jobs}, outputs)
         try:
+            if is_last:
+                replace_text(self._folder / CLOSE, "")
             results = self._watch(batch, on_result, on_progress, cancelled)
             if cancelled():  # perhaps too late for the ranks
                 raise CancelledError
@@ -303,19 +308,35 @@ class RankGroups:
             return
         ended = dead | {number for number in claims.values() if number is not None and number not in current}
         errors = {number: self._error_of(number) for number in ended}
-        yield from ((index, errors[number][1]) for index, number in claims.items() if number in errors)
+        again = self._incomplete(claims, dead - self._given_up) if may_restart else set()
+        yield from (
+            (index, errors[number][1]) for index, number in claims.items() if number in errors and index not in again
+        )
         left = [index for index, number in claims.items() if number is None]
-        if dead and left and may_restart:
-            lost = self._replace(batch, dead, claims)
+        if dead and (left or again) and may_restart:
+            lost = self._replace(batch, dead, claims, again)
             yield from ((index, errors[number][1]) for index, number in lost.items())
             left = [index for index in left if index not in lost]
         if dead >= set(self._numbers.values()):  # by the same look, so that a group that died since is not lost
             _, error = min((errors[number] for number in dead), key=lambda found: found[0])
             yield from ((index, self._not_started or error) for index in left)
 
-    def _replace(self, batch: _Batch, dead: set[int], claims: dict[int, int | None]) -> dict[int, int]:
+    def _incomplete(self, claims: dict[int, int | None], died: set[int]) -> set[int]:
+        """Returns the jobs without a result that groups left to their last thread when they claimed the next job.
+
+        The groups `died` just now, and the error of the later job is no fault of these jobs.
+        """
+        if self._ranks.nnodes > 1:
+            return set()
+        own = ([index for index, owner in claims.items() if owner == number] for number in died)
+        return {index for found in own for index in found if index != newest(self._folder, found)}
+
+    def _replace(
+        self, batch: _Batch, dead: set[int], claims: dict[int, int | None], again: Collection[int]
+    ) -> dict[int, int]:
         """Starts each dead group again, once; `claims` are those of the jobs without a result.
 
+        A group that is started again gives back its jobs in `again`, so that they are done again.
         A group that died while it loaded leaves the list to the others, if others live. A place where one group after
         the other claimed no job stays empty. Returns the jobs whose models killed one group after the other, each with
         the last group's number. A group that spans machines is not started again, because the other machines would
@@ -329,11 +350,13 @@ class RankGroups:
         for place in new:
             number = self._numbers[place]
             self._given_up.add(number)
+            given_back = [index for index in again if claims[index] == number]
             self._failed_starts[place] = 0 if number in claimed else self._failed_starts[place] + 1
             if number in claimed and was_loading(self._folder, number):
                 if len(dead) < self._groups:
                     continue
-                for models in {batch.loads(index) for index, owner in claims.items() if owner == number}:
+                own = {index for index, owner in claims.items() if owner == number} - set(given_back)
+                for models in {batch.loads(index) for index in own}:
                     self._failed_loads[models] += 1
                     if self._failed_loads[models] >= MOST_LOADS:
                         alike = [
@@ -345,8 +368,12 @@ class RankGroups:
                     claim(self._folder, index, number)
                 if self._failed_starts[place] <= _MOST_FAILED_STARTS:
                     self._remove_partials(batch, {number})
+                    for index in given_back:
+                        forget(self._folder, index)
                     self._start(place, batch.number)
             except ConfigError as error:  # this place stays empty
+                for index in given_back:
+                    claim(self._folder, index, number)
                 note(str(error))
                 self._not_started = error
         return lost

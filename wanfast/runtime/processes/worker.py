@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -181,12 +182,48 @@ def _do_batch(
 
     run, parsed = worker_half(document["worker"]), [Job.from_json(job) for job in jobs]
     share = Share(number % groups, groups, claim)
-    for index, result in run(parsed, sessions, share=share, progress=progress, frames_of=frames_of):
-        if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has its own run folder
-            try:
-                write_result(run_folder, first + index, result)
-            except ConfigError:  # an empty file needs no space, and tells the parent
-                result_file(run_folder, first + index).touch()
+    with _Results(run_folder, first) as results:
+        for index, result in run(parsed, sessions, share=share, progress=progress, frames_of=frames_of):
+            if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has its own run folder
+                results.add(index, result)
+
+
+class _Results:
+    """Writes the results of a batch into the run folder.
+
+    A result may come as a function that completes it. A thread calls this function while the ranks do the next job. No
+    more than one result is incomplete at a time, because its frames take memory. When the `with` block ends, all
+    results are written.
+    """
+
+    def __init__(self, run_folder: Path, first: int) -> None:
+        self._run_folder, self._first = run_folder, first
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="finish")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _Results:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._thread.shutdown()  # after an error too, because the error belongs to a later job
+        if kind is None and self._last is not None:
+            self._last.result()
+
+    def add(self, index: int, result: dict[str, Any] | Callable[[], dict[str, Any]]) -> None:
+        """Writes the result of a job, or lets the thread complete and write it. Raises the error of an earlier call."""
+        if self._last is not None:
+            self._last.result()
+            self._last = None
+        if callable(result):
+            self._last = self._thread.submit(lambda: self._write(index, result()))
+        else:
+            self._write(index, result)
+
+    def _write(self, index: int, result: dict[str, Any]) -> None:
+        try:
+            write_result(self._run_folder, self._first + index, result)
+        except ConfigError:  # an empty file needs no space, and tells the parent
+            result_file(self._run_folder, self._first + index).touch()
 
 
 def _report(file: Path, state: str, instead: Path) -> None:
@@ -201,11 +238,12 @@ def _report(file: Path, state: str, instead: Path) -> None:
             os.utime(file if file.exists() else instead)
 
 
-def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
+def worker_half(module: str) -> Callable[..., Iterator[tuple[int, Any]]]:
     """Imports the module named `module` and returns its function `run`, which runs a command's jobs.
 
-    `run(jobs, sessions, share=, progress=, frames_of=)` yields (index, result) of each job. The module is imported
+    `run(jobs, sessions, share=, progress=, frames_of=)` yields (index, result) of each job. In a list, a result may be
+    a function without arguments, which the leader calls to complete and return the result. The module is imported
     here, not at the top of this file, because the calibration module lies outside the runtime package.
     """
-    run: Callable[..., Iterator[tuple[int, dict[str, Any]]]] = importlib.import_module(module).run
+    run: Callable[..., Iterator[tuple[int, Any]]] = importlib.import_module(module).run
     return run
