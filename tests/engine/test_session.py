@@ -39,7 +39,7 @@ def job_of(**options: Any) -> Job:
 
 def make(jobs: Iterable[Job], sessions: Sessions) -> list[dict[str, Any]]:
     found = generate.run(list(jobs), sessions, frames_of=lambda index: Path(f"frames/{index}.npy"))
-    return [result for _, result in found]
+    return [result() if callable(result) else result for _, result in found]  # a list's files are completed later
 
 
 @pytest.mark.parametrize("found", ["0123456789ab", None])
