@@ -99,6 +99,8 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
 
     streams, of_key = asyncio.Semaphore(MOST_STREAMS), dict[str, asyncio.Semaphore]()
 
+    # A path /v1/videos/NAME must stand above /v1/videos/{video_id}, which matches every name. A route without `owned`
+    # is open to everybody.
     @app.get(
         "/v1/videos/events",
         summary="Follow the videos of the API key: one line of JSON for each change",
