@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.facts.densities import bands_of
-from wanfast.runtime.planning.effective_config import effective
+from wanfast.runtime.planning.completed import effective
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.attention_plans import KIND, PLAN, plan_inputs

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 import time
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,39 @@ def test_a_page_is_one_file_of_its_own(tmp_path: Path) -> None:
     assert text.count('src="data:video/mp4;base64,') == 3 and text.count('src="data:image/png;base64,') == 1
     assert "&lt;b&gt;" in text and "<b>bold" not in text  # a prompt is text, and no markup
     assert sorted(file.name for file in tmp_path.iterdir()) == ["frames.mp4", "picture.png", "report.html"]
+
+
+class _Columns(HTMLParser):
+    """Counts the columns of each row of a page's table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.counts.append(0)
+        elif tag in ("th", "td"):
+            self.counts[-1] += int(dict(attrs).get("colspan") or 1)
+
+
+@pytest.mark.parametrize("left_out", [None, "the weights are random"])
+def test_every_row_has_all_columns(tmp_path: Path, left_out: str | None) -> None:
+    """A measured row, a row that could not be measured, and the row of the noise floor."""
+    quality = {"identical": False, "psnr": 30.0, "ssim": 0.9, "ms_ssim": 0.9, "flicker": 1.0, "motion": 1.0}
+    quality["prompt_following"] = {"right": 1, "of": 2}
+    known = {"overridden": [], "attention": None, "estimated": None}
+    seconds = {"median": 1.0, "spread": 0.1}
+    measured = {
+        "recipe": "a", "status": "measured", "video_s": seconds, "ratio": 1.0, "forwards": {"computed": 2, "of": 2},
+        "seconds": dict.fromkeys(("encode", "denoise", "decode"), seconds), "peak_memory_bytes": 1, "tflops": 1.0,
+        "peak_share": None, "start": {"seconds": seconds}, "quality": None if left_out else quality,
+    }  # fmt: skip
+    rows = [known | measured, known | {"recipe": "b", "status": "failed", "reason": "no GPU"}]
+    page = written(tmp_path, rows=rows, quality_left_out=left_out, noise_floor={} if left_out else {"again": quality})
+    found = _Columns()
+    found.feed(page.read_text())
+    assert len(found.counts) == (3 if left_out else 4) and len(set(found.counts)) == 1, found.counts
 
 
 class _Server(ThreadingHTTPServer):
@@ -108,8 +142,8 @@ def probed(page: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-def written(folder: Path) -> Path:
-    """Writes a page with three videos of noise that moves, and returns its path."""
+def written(folder: Path, **changes: Any) -> Path:
+    """Writes a page with three videos of noise that moves, and returns its path; `changes` are of its report."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     write_frames(np.stack([np.roll(noise, step, axis=1) for step in range(FRAMES)]), folder / "frames.mp4", FPS)
     (folder / "picture.png").write_bytes(b"\x89PNG")
@@ -118,6 +152,7 @@ def written(folder: Path) -> Path:
         "model": "tiny", "size": "96x64", "frames": FRAMES, "steps": 2, "fps": FPS, "repeats": 1, "rows": [],
         "clips": [{"image": "a.png", "prompt": "<b>bold", "seed": 0}], "machine": "2 CPU cores", "commit": None,
         "versions": {"torch": "2"}, "quality_left_out": None, "noise_floor": {}, "noise_floor_note": None, "base": "a",
+        **changes,
     }  # fmt: skip
     write_page(
         report, {"Seconds": folder / "picture.png"}, {"a": frames, "b": frames, "c": frames}, folder / "report.html"

@@ -362,10 +362,24 @@ def test_ranks_that_share_a_frame_begin_again_together(
     assert torch.equal(got[0][1], expected[0][1]) and [errors for *_, errors in got] == [[]] * 4
 
 
+class OtherRows:
+    """Shares rows as `SplitRows` does, but is another class."""
+
+    def __init__(self, rows: SplitRows) -> None:
+        self._rows = rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rows, name)
+
+
+@pytest.mark.parametrize("split", [None, OtherRows])
 def test_ranks_that_share_a_frame_lose_only_the_video_that_does_not_fit(
-    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
+    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch, split: type[OtherRows] | None
 ) -> None:
+    """So it is with any class that shares the rows."""
     plan, files = planned
+    if split is not None:
+        monkeypatch.setattr(Ranks, "rows", lambda self, rows: split(SplitRows.of(self.rank, self.size, rows)))
     monkeypatch.setattr(experts, "available_host_bytes", lambda: 0)  # so nothing can be evicted
     got = on_ranks(Mesh(cfg=2), lambda ranks: by_the_vae(plan, files, ranks, {5, 100}), timeout_s=20)
     reason = "does not fit into memory beside the weights: use a smaller --size or fewer --frames (too large)"

@@ -31,7 +31,7 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.jobs import generate
 from wanfast.runtime.media import video_file
 from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.planning import effective_config
+from wanfast.runtime.planning import completed
 from wanfast.runtime.store import model_files
 
 Wanfast = Callable[..., Outcome]
@@ -378,7 +378,7 @@ def test_noise_is_drawn_where_asked(wanfast: Wanfast, monkeypatch: pytest.Monkey
     draw = pipeline.draw_noise
     monkeypatch.setattr(pipeline, "draw_noise", lambda *a: devices.append(a[3]) or draw(*a[:3], "cpu"))
     monkeypatch.setattr(session.hardware, "prepare", lambda *a: None)
-    monkeypatch.setattr(effective_config, "default_device", lambda: "cuda")
+    monkeypatch.setattr(completed, "default_device", lambda: "cuda")
     assert wanfast(*GOOD).exit_code == 0
     config = json.loads(Path("out.json").read_text())["effective"]
     assert (devices, config["video"]["noise_device"]) == (["cpu"], "cpu")

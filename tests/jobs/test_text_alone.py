@@ -28,7 +28,7 @@ from wanfast.runtime.facts.shapes import geometry_of, largest_geometry
 from wanfast.runtime.jobs import warmup
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.planning.fit import fit
+from wanfast.runtime.planning.memory_fit import fit
 from wanfast.runtime.planning.next_step import example, next_step
 from wanfast.runtime.sampling.magcache import MagCacheSettings, plan_skips
 from wanfast.runtime.store.curves import published_curve, steps_of

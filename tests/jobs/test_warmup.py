@@ -36,7 +36,7 @@ from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.facts.choices import Attention
 from wanfast.runtime.jobs import warmup as rank_half
 from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.planning import requests
+from wanfast.runtime.planning import devices
 from wanfast.runtime.planning.next_step import warmup_command
 from wanfast.runtime.store import attention_plans, code, model_files
 from wanfast.runtime.store.artifacts import Artifact, ArtifactStore, key_of
@@ -175,7 +175,7 @@ def test_a_plan_of_attention_is_warmed_by_its_key(
     with pytest.raises(MissingArtifactError, match=words):
         warmup.planned({**options, "attention_plan": "012345abcdef"})
     needed: list[str] = []
-    monkeypatch.setattr(requests, "require_fp8", lambda device, option: needed.append(option))
+    monkeypatch.setattr(devices, "require_fp8", lambda device, option: needed.append(option))
     sparse, eight = stored_plan({"n": 1}, 0.5, None), stored_plan({"n": 2}, "fp8", 0.5)
     plan, _ = warmup.planned({**options, "attention_plan": sparse})
     assert plan.config.models.attention_plan == sparse and plan.config.models.density is None and not needed

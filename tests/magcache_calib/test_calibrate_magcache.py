@@ -26,7 +26,7 @@ from wanfast.runtime.engine import session
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.planning import past_runs
-from wanfast.runtime.planning.effective_config import effective
+from wanfast.runtime.planning.completed import effective
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import preset

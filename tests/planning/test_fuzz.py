@@ -15,7 +15,8 @@ from wanfast.runtime.config import OPTIONS
 from wanfast.runtime.errors import WanFastError
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning import sidecar
-from wanfast.runtime.planning.requests import Planned, plan_requests, read_requests
+from wanfast.runtime.planning.request_files import read_requests
+from wanfast.runtime.planning.requests import Planned, plan_requests
 
 TYPED = {"model": "tiny", "image": "cat.png", "prompt": "a cat", "device": "cpu", "size": "64x64", "frames": 5}
 

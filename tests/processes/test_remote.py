@@ -20,7 +20,8 @@ from tests.server.running import until
 from wanfast.runtime.errors import from_failure
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.planning.requests import Request, plan_requests
+from wanfast.runtime.planning.request_files import Request
+from wanfast.runtime.planning.requests import plan_requests
 from wanfast.runtime.processes.remote import RemoteGroup
 from wanfast.runtime.store import model_files
 

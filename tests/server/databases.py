@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pytest
 import sqlalchemy
 
-from wanfast.server.schema import METADATA
+from wanfast.server.tables import METADATA
 
 
 @pytest.fixture(scope="session")

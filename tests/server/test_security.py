@@ -18,9 +18,11 @@ from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
+from starlette.routing import Route
 
 from tests.server.running import STAR, Answer, Running, data_url, running, until
 from wanfast.runtime.errors import ConfigError
+from wanfast.server.app import create_app
 from wanfast.server.files import Files
 from wanfast.server.keys import EVERYBODY, Keys
 from wanfast.server.serve import ServerSettings
@@ -101,6 +103,31 @@ def test_without_a_key_nothing_is_read_or_changed(server: Running) -> None:
         assert server.ask(method, path, b"{", JSON).status == 401
     assert server.store.counts() == before
     assert server.ask("GET", "/health").status == server.ask("GET", "/ready").status == 200
+
+
+OPEN = {"/", "/docs", "/static/{name}", "/openapi.json", "/health", "/ready"}  # to everybody, also without a key
+
+
+def test_every_route_needs_a_key_except_those_that_are_open(server: Running) -> None:
+    routes = create_app(server.parts).routes
+    assert {getattr(route, "path", None) for route in routes} > OPEN
+    for route in routes:
+        assert isinstance(route, Route), f"{route} may hold routes that this test does not see"
+        path = re.sub(r"\{\w+\}", "x", route.path)
+        for method in route.methods or ():
+            status = server.ask(method, path).status
+            assert (status == 401) is (route.path not in OPEN), f"{method} {route.path} answers with {status}"
+
+
+def test_a_named_path_is_not_taken_for_an_id(server: Running) -> None:
+    """A route of a name below the route of any id would never be called."""
+    routes = [route for route in create_app(server.parts).routes if isinstance(route, Route)]
+    for index, route in enumerate(routes):
+        path, methods = re.sub(r"\{\w+\}", "x", route.path), route.methods or set()
+        above = [
+            each.path for each in routes[:index] if each.path_regex.match(path) and methods & (each.methods or set())
+        ]
+        assert not above, f"{methods} {route.path} is never called, because {above[0]} stands above it"
 
 
 def test_a_job_belongs_to_its_key(server: Running) -> None:

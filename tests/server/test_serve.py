@@ -36,9 +36,9 @@ from tests.server.running import SMALL, STAR, Answer, StandIn, ask, data_url, un
 from wanfast.commands import serve as serve_command
 from wanfast.runtime.processes.handle import Opened
 from wanfast.server import serve as serve_module
-from wanfast.server.schema import JOBS
 from wanfast.server.serve import ServerSettings
 from wanfast.server.store import LEASE_S, Store
+from wanfast.server.tables import JOBS
 from wanfast.server.worker import Worker
 
 NONE: Mapping[str, str] = {}

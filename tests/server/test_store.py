@@ -16,10 +16,10 @@ import pytest
 from sqlalchemy import select
 
 from wanfast.runtime.errors import ConfigError
-from wanfast.server import schema
 from wanfast.server import store as store_module
-from wanfast.server.schema import JOBS, METADATA
+from wanfast.server import tables
 from wanfast.server.store import MOST_ATTEMPTS, KeyReusedError, NewJob, QueueFullError, Store, StoredJob
+from wanfast.server.tables import JOBS, METADATA
 
 NEW = NewJob(
     owner="a", options={"prompt": "a cat", "seed": 1}, model="tiny", size="64x64", seconds="1", fingerprint="f"
@@ -308,7 +308,7 @@ def test_a_database_has_the_version_of_its_tables(url: str, monkeypatch: pytest.
     store = Store(url)
     number = add(store).number
     store.close()
-    monkeypatch.setattr(schema, "VERSION", 2)
+    monkeypatch.setattr(tables, "VERSION", 2)
     place = "--data-dir" if url.startswith("sqlite") else "--database"
     with pytest.raises(ConfigError, match=f"^{place}: its queue has tables of version 1, but .* uses version 2: use"):
         Store(url)
@@ -316,7 +316,7 @@ def test_a_database_has_the_version_of_its_tables(url: str, monkeypatch: pytest.
     store = Store(url)
     assert [job.number for job in store.page("a", 9, None, "desc")[0]] == [number]  # type: ignore[index]
     with store._engine.connect() as connection:
-        assert connection.execute(select(schema.SCHEMA.c.version)).scalars().all() == [1]
+        assert connection.execute(select(tables.SCHEMA.c.version)).scalars().all() == [1]
     store.close()
 
 
@@ -325,15 +325,15 @@ def test_a_database_without_a_version_is_of_the_first(url: str, monkeypatch: pyt
     store = Store(url)
     add(store)
     with store._engine.begin() as connection:
-        schema.SCHEMA.drop(connection)
+        tables.SCHEMA.drop(connection)
     store.close()
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "VERSION", 2)
+        patch.setattr(tables, "VERSION", 2)
         with pytest.raises(ConfigError, match="has tables of version 1"):
             Store(url)
     store = Store(url)
     with store._engine.connect() as connection:
-        assert connection.execute(select(schema.SCHEMA.c.version)).scalars().all() == [1]
+        assert connection.execute(select(tables.SCHEMA.c.version)).scalars().all() == [1]
     assert store.claim() is not None
     store.close()
 
@@ -346,7 +346,7 @@ def test_a_change_of_the_tables_needs_another_version() -> None:
         for column in table.columns
     ]
     digest = hashlib.sha256(repr(columns).encode()).hexdigest()[:12]
-    assert (schema.VERSION, digest) == (1, "8d8721f520bb")
+    assert (tables.VERSION, digest) == (1, "8d8721f520bb")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_a_wrong_url_is_an_error_of_one_line(wrong: str, words: str) -> None:
 
 
 def test_a_postgresql_that_does_not_answer_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(schema._OF_POSTGRESQL, "connect_timeout", 2)
+    monkeypatch.setitem(tables._OF_POSTGRESQL, "connect_timeout", 2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port, started = silent.getsockname()[1], time.monotonic()
         with pytest.raises(ConfigError, match="timeout"):

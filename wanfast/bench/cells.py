@@ -26,7 +26,7 @@ from wanfast.runtime.facts.choices import EXPERTS, RecipeName
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.packages import require_attention, versions
-from wanfast.runtime.planning.effective_config import effective
+from wanfast.runtime.planning.completed import effective
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.shortened import few_steps, has_all_experts, least_steps, schedule_of
 from wanfast.runtime.processes.handle import OF_HANDLE, Opened

@@ -24,7 +24,7 @@ from wanfast.runtime.errors import ConfigError, JobsFailedError
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine.launchers import refuse_launchers
 from wanfast.runtime.machine.once import asked_once
-from wanfast.runtime.planning.effective_config import model_of
+from wanfast.runtime.planning.completed import model_of
 from wanfast.runtime.store.artifacts import writing_to
 
 _EXAMPLES = Path(__file__).parents[1] / "assets/examples"

@@ -21,7 +21,7 @@ from wanfast.runtime.facts.densities import FP8_SHARE, TARGET_ERROR, bands_of
 from wanfast.runtime.machine import packages
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.machine.packages import require_fp8
-from wanfast.runtime.planning.effective_config import model_of
+from wanfast.runtime.planning.completed import model_of
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.artifacts import ArtifactStore, write_synced
 from wanfast.runtime.store.attention_plans import KIND, PLAN, plan_inputs

@@ -20,7 +20,7 @@ from wanfast.runtime.config.option import absolute
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine import packages
 from wanfast.runtime.machine.once import asked_once
-from wanfast.runtime.planning.effective_config import model_of
+from wanfast.runtime.planning.completed import model_of
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import KIND, RATIOS, curve_inputs

@@ -11,7 +11,7 @@ from wanfast.commands import dispatch
 from wanfast.magcache_calib.clips import Clip
 from wanfast.magcache_calib.measured import read_clip, require_clip, write_clip
 from wanfast.runtime.errors import from_failure
-from wanfast.runtime.planning.effective_config import effective
+from wanfast.runtime.planning.completed import effective
 from wanfast.runtime.planning.placement import place
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.artifacts import ArtifactStore

@@ -14,7 +14,8 @@ from wanfast.runtime.config.option import GPUS, MAKE
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning import past_runs, sidecar
-from wanfast.runtime.planning.requests import Planned, plan_requests, read_requests
+from wanfast.runtime.planning.request_files import read_requests
+from wanfast.runtime.planning.requests import Planned, plan_requests
 from wanfast.runtime.processes import cluster
 
 

@@ -14,11 +14,11 @@ from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, of_command, parse_
 from wanfast.runtime.config.option import flag
 from wanfast.runtime.errors import ConfigError, from_failure
 from wanfast.runtime.media import images
-from wanfast.runtime.planning.effective_config import effective, model_of
+from wanfast.runtime.planning.completed import effective, model_of
+from wanfast.runtime.planning.devices import require_attention_of
 from wanfast.runtime.planning.image_inputs import refuse_image_options
 from wanfast.runtime.planning.placement import is_cpu_for_want_of_a_gpu, place
 from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.planning.requests import require_attention_of
 from wanfast.runtime.store.attention_plans import densities_of_any_run
 from wanfast.runtime.store.model_files import ModelFiles
 

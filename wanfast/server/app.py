@@ -24,8 +24,8 @@ from wanfast.server.changes import MOST_OF_A_KEY, MOST_STREAMS, Changes, lines
 from wanfast.server.checks import Checks
 from wanfast.server.fields import Asked, Fields, read
 from wanfast.server.files import Files
-from wanfast.server.gate import HEADERS, Gate, answer
 from wanfast.server.keys import EVERYBODY, Keys
+from wanfast.server.limits import HEADERS, Limits, answer
 from wanfast.server.metrics import Metrics
 from wanfast.server.page import add_pages
 from wanfast.server.replies import ApiError, unfit
@@ -60,7 +60,7 @@ class Parts:
 def create_app(parts: Parts) -> FastAPI:
     """Returns the ASGI app of a server, with all routes."""
     app = FastAPI(title="wanfast", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Gate, most_bytes=parts.most_bytes, only_loopback=not parts.keys.hashes)
+    app.add_middleware(Limits, most_bytes=parts.most_bytes, only_loopback=not parts.keys.hashes)
     _add_errors(app)
     _add_videos(app, parts)
     _add_unsupported(app, parts)
@@ -99,6 +99,8 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
 
     streams, of_key = asyncio.Semaphore(MOST_STREAMS), dict[str, asyncio.Semaphore]()
 
+    # A path /v1/videos/NAME must stand above /v1/videos/{video_id}, which matches every name. A route without `owned`
+    # is open to everybody.
     @app.get(
         "/v1/videos/events",
         summary="Follow the videos of the API key: one line of JSON for each change",
@@ -204,7 +206,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
         message = "an error of the server; the server's log has the reason"
-        return answer(ApiError(500, message, code="server_error", headers=HEADERS))  # this answer passes no gate
+        return answer(ApiError(500, message, code="server_error", headers=HEADERS))  # `Limits` does not see this answer
 
 
 def _owner_of(keys: Keys) -> Any:

@@ -25,8 +25,8 @@ from wanfast.runtime.store.sharing import lock_of
 from wanfast.server.app import Parts, create_app
 from wanfast.server.checks import Checks, Served
 from wanfast.server.files import Files
-from wanfast.server.gate import is_loopback
 from wanfast.server.keys import Keys
+from wanfast.server.limits import is_loopback
 from wanfast.server.metrics import Metrics
 from wanfast.server.store import Store
 from wanfast.server.worker import Worker

@@ -39,7 +39,7 @@ from sqlalchemy import (
     update,
 )
 
-from wanfast.server.schema import IMAGES, JOBS, lock_adding, open_database
+from wanfast.server.tables import IMAGES, JOBS, lock_adding, open_database
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 Order = Literal["asc", "desc"]

@@ -23,9 +23,9 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import LOSSY_ATTENTION, Attention, Precision
 from wanfast.runtime.facts.sparsity import BLOCK
-from wanfast.runtime.machine.packages import ATTENTION_ON_CPU, require_attention
+from wanfast.runtime.machine.packages import ATTENTION_ON_CPU, ATTENTION_PACKAGES, require_attention
 from wanfast.runtime.models.attention_fp8 import Fp8Heads, fp8_attention, scale_of
-from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
+from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn, Kernel
 from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attention
 from wanfast.runtime.models.fused import heads_to_fp8
 from wanfast.runtime.weights.builders import DTYPES
@@ -47,12 +47,11 @@ class Finding:
 
 
 class _Probed(NamedTuple):
-    """Says how a kernel is probed: the call, the exact result, the bound of the error, and a kernel of its package."""
+    """Says how a kernel is probed: the call, the exact result, and the bound of the error."""
 
     run: AttentionFn
     formula: AttentionFn
     bound: float
-    package_of: str
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,10 @@ def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim:
 
     If the kernel is not installed, raises an error or gives a wrong result, the finding holds the reason.
     """
-    lossy = _LOSSY.get(name)
-    kernel, is_emulated = KERNELS[lossy.package_of if lossy else name], lossy and device == "cpu"
-    probed = lossy or _Probed(kernel.run, _formula, BOUNDS[dtype], name)
+    lossy = _LOSSY[name] if name in LOSSY_ATTENTION else None
+    kernel = Kernel(lossy.run, *ATTENTION_PACKAGES.get(name, ())) if lossy else KERNELS[name]
+    is_emulated = lossy and device == "cpu"
+    probed = lossy or _Probed(kernel.run, _formula, BOUNDS[dtype])
     try:
         if not kernel.is_installed and not is_emulated:
             return Finding("not installed", reason=f"pip install {kernel.package}")
@@ -222,6 +222,6 @@ def _fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 _LOSSY = {
-    "sparse": _Probed(_sparse, _sparse, BOUNDS[torch.bfloat16], "fa4"),
-    "fa3-fp8": _Probed(_fp8, _formula, 0.15, "fa3"),
+    "sparse": _Probed(_sparse, _sparse, BOUNDS[torch.bfloat16]),
+    "fa3-fp8": _Probed(_fp8, _formula, 0.15),
 }

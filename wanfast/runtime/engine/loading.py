@@ -19,7 +19,7 @@ from wanfast.runtime.engine.lossy_attention import LossyAttention
 from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import EXPERTS, Attention, Expert
+from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Attention, Expert
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import WanDiT
@@ -96,9 +96,12 @@ def lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks
 
     `dense` computes the calls that stay exact. `num_heads` counts the heads of all ranks.
     """
+    if kernel not in LOSSY_ATTENTION:
+        return None
     if kernel == "sparse":
         return SparseAttention(dense, num_heads, ranks)
-    return Fp8Attention(num_heads, ranks) if kernel == "fa3-fp8" else None
+    assert kernel == "fa3-fp8", f"no class computes lossy attention by {kernel}: name its class here"
+    return Fp8Attention(num_heads, ranks)
 
 
 def replace_loras(

@@ -25,7 +25,6 @@ from wanfast.runtime.device.hardware import free_bytes, free_memory, is_out_of_m
 from wanfast.runtime.device.meta import on_meta
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.distributed.vae_parallel import SplitRows
 from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.attention_probe import Choice
 from wanfast.runtime.engine.conditioning import Noise, draw_noise, given_clip, noise_shape, with_mask
@@ -184,10 +183,10 @@ class VideoPipeline:
             result = work() if rows.has_part else result
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
             failure = self._out_of_memory(error)
-        if failure and isinstance(rows, SplitRows):
+        if failure and (missed := rows.missed(self.device)):
             with on_meta():
                 vae = WanVAE(self.spec.vae, self.vae.decoder_dtype)
-            again(vae, rows.missed(self.device))
+            again(vae, missed)
         if not any(self.ranks.gather(failure)):
             return result
         is_ready = failure is None or self.experts.evict(_EVICT_BYTES)

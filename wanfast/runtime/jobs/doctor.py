@@ -19,7 +19,7 @@ from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError, W
 from wanfast.runtime.facts.choices import EXPERTS, in_8_bits
 from wanfast.runtime.facts.model_spec import A14B, PUBLISHED, ModelSpec
 from wanfast.runtime.machine import gpus, host, packages
-from wanfast.runtime.planning.fit import fit
+from wanfast.runtime.planning.memory_fit import fit
 from wanfast.runtime.planning.next_step import NextStep, example, next_step
 from wanfast.runtime.store import model_files, quantized
 from wanfast.runtime.store.artifacts import MANIFEST, check_root

@@ -83,6 +83,14 @@ class Rows(Protocol):
         """Returns the rows of all ranks, joined along `dim`, if this rank is the leader; otherwise returns None."""
         ...
 
+    def missed(self, device: str) -> Rows | None:
+        """Returns an object for a rank that ran out of memory; returns None if no other rank waits for this rank.
+
+        The rank repeats its work on the meta device with this object, which leaves out the exchanges that are done
+        already. In each later exchange, the object sends zeros that lie on `device`.
+        """
+        ...
+
 
 class WholeFrame:
     """This class implements `Rows` for a single rank, which has all rows and exchanges nothing."""
@@ -100,6 +108,9 @@ class WholeFrame:
 
     def collect(self, x: Tensor, dim: int) -> Tensor | None:
         return x
+
+    def missed(self, device: str) -> None:
+        return None
 
 
 WHOLE_FRAME = WholeFrame()

@@ -11,6 +11,8 @@ from wanfast.runtime.config import ModelsConfig
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts.choices import LOSSY_ATTENTION, Device
 from wanfast.runtime.machine import gpus
+from wanfast.runtime.machine.packages import require_attention, require_fp8
+from wanfast.runtime.planning.plan import Plan
 
 _FLOAT8_CAPABILITY, _HOPPER = (8, 9), (9, 0)
 
@@ -59,6 +61,14 @@ def require_capable(models: ModelsConfig, device: Device) -> None:
         raise ConfigError(f"--attention {models.attention} needs Hopper GPUs, not {other}: use --attention auto")
     if models.tf32 and device == "cpu":
         raise NeedsGpuError("--tf32 needs a GPU: drop --tf32, or use --device cuda")
+
+
+def require_attention_of(plan: Plan) -> None:
+    """Raises ConfigError if the plan's device cannot run its attention, for example because a package is missing."""
+    models, device = plan.config.models, plan.config.ranks.device
+    require_attention(models.attention, device)
+    if plan.sparsity and plan.sparsity.has_fp8:
+        require_fp8(device, f"--attention-plan {models.attention_plan}")
 
 
 def _without_float8() -> str | None:

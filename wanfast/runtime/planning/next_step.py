@@ -16,7 +16,7 @@ from wanfast.runtime.config import OPTIONS, EffectiveConfig, ModelsConfig, Optio
 from wanfast.runtime.config.option import words
 from wanfast.runtime.facts.memory import CARDS, gb
 from wanfast.runtime.facts.model_spec import ModelSpec
-from wanfast.runtime.planning.fit import Fit, Way, fit
+from wanfast.runtime.planning.memory_fit import Fit, Way, fit
 from wanfast.runtime.store.model_files import DOWNLOADED, TINY
 
 _EXAMPLES = TINY.parent / "examples"

@@ -12,7 +12,7 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.media import video_file
 from wanfast.runtime.media.tokenizer import clean_prompt
-from wanfast.runtime.planning.effective_config import effective
+from wanfast.runtime.planning.completed import effective
 from wanfast.runtime.planning.image_inputs import check_images, earlier_facts, image_facts
 from wanfast.runtime.planning.notes import notes_of
 from wanfast.runtime.planning.plan import Plan

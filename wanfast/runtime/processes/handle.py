@@ -28,7 +28,7 @@ from wanfast.runtime.machine.launchers import refuse_launchers
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning import sidecar
-from wanfast.runtime.planning.effective_config import effective, model_of
+from wanfast.runtime.planning.completed import effective, model_of
 from wanfast.runtime.planning.image_inputs import earlier_facts
 from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure, place
 from wanfast.runtime.planning.plan import Plan

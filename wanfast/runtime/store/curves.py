@@ -144,7 +144,7 @@ def preset(files: ModelFiles) -> dict[str, Any] | None:
     that names its weights is used only for these weights. A published curve names no weights: it is used for every
     model with the sizes of the published model. If the model has other weights, `magcache_notes` adds a note.
     """
-    if published := _published_with_sizes_of(files.spec):
+    if (published := _published_with_sizes_of(files.spec)) and _published_file(published).exists():
         return published_curve(published)
     for file in sorted(_PRESETS.glob("*.json")):
         document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -160,8 +160,12 @@ def _published_with_sizes_of(spec: ModelSpec) -> ModelSpec | None:
 
 def published_curve(spec: ModelSpec = A14B) -> dict[str, Any]:
     """Returns, as a JSON document, the curve that MagCache's authors published for a published model."""
-    document: dict[str, Any] = json.loads((_PRESETS / f"{spec.name.lower()}.json").read_text(encoding="utf-8"))
+    document: dict[str, Any] = json.loads(_published_file(spec).read_text(encoding="utf-8"))
     return document
+
+
+def _published_file(spec: ModelSpec) -> Path:
+    return _PRESETS / f"{spec.name.lower()}.json"
 
 
 def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:

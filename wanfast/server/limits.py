@@ -26,7 +26,7 @@ HEADERS = {  # of every answer
 _ENCODED = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
 
-class Gate:
+class Limits:
     """This ASGI middleware refuses bodies that are too large, and requests from pages of other sites.
 
     The middleware counts the bytes of a body, and does not rely on the headers. `only_loopback` must be true if the
