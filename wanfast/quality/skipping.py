@@ -59,7 +59,7 @@ PlanKind = Literal["no skips", "greedy", "least error", "extrapolated"]
 
 @dataclass(frozen=True)
 class SkippingWay:
-    """Holds one way to save forwards: the name of its settings, a kind of plan of skips, and the plan.
+    """Holds one way to save forwards: the name of its settings, its plan, and the kind of this plan.
 
     For example, the settings "E012K2R20, both-experts" mean threshold 0.12, at most 2 skips in a row, retention ratio
     0.2, and --magcache-rule both-experts.

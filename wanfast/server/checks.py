@@ -87,9 +87,9 @@ class Served:
         """Describes what a server offers.
 
         `opened`: what the server's handle decided for all its videos. `defaults`: options of `Handle.make` that a
-        request may override. `max_clips`: the largest number of clips of one video. A video has one clip if
-        clips have one frame, or if the model cannot start a clip from a frame. Raises ConfigError if the server's
-        recipe needs a last image.
+        request may override. `max_clips`: the largest number of clips of one video. The limit is 1 instead if a clip
+        has only one frame, or if the model takes no image from which a next clip could start. Raises ConfigError if the
+        server's recipe needs a last image.
         """
         config, spec = opened.placed.config, opened.files.spec
         if (recipe := config.models.recipe) and _needs_last_image(recipe):

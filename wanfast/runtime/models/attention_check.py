@@ -8,7 +8,8 @@ rows. In bf16, these rows have an error of about 0.002 themselves.
 If several ranks share the tokens, each rank attends to its own keys, and the parts are joined by their log-sum-exp.
 A calibration needs errors of calls that did not run. `errors_by_length` and `fp8_errors` compute only the sampled rows
 of these calls.
-Shapes: L tokens of a rank, H heads, D head dim, S sampled queries of each head, P ranks, N blocks, E lengths of lists.
+Shapes: L tokens of a rank, H heads, D head dim, S sampled queries of each head, P ranks, N blocks,
+E lengths of lists of blocks, which `errors_by_length` tries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The router chooses, for each head and each block of queries, the blocks of keys to which the queries attend.
+"""The router lists, for each head and each block of queries, the blocks of keys to which the queries attend.
 
 The share of a block of keys in the softmax is estimated from means. Queries and keys are averaged over quarters of a
 block. The score of a pair of blocks is the log of the sum of exp over its 16 pairs of quarters. Quarters reveal a

@@ -66,7 +66,7 @@ def moved(document: dict[str, Any], output: OutputConfig, video: VideoConfig | N
 
 
 def text(document: dict[str, Any]) -> str:
-    """Returns the text that the JSON file beside a video has for this document."""
+    """Returns this document as JSON text, as it is written to the file beside a video."""
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
