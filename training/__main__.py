@@ -98,8 +98,16 @@ def missing_stage(stage: str, options: argparse.Namespace) -> str | None:
 
 
 def is_made(stage: str, options: argparse.Namespace) -> bool:
-    finished = stage in (SHORT_STAGE, LONG_STAGE) and (options.folder / train_vae.FINISHED).exists()
-    return finished or steps_made(options.folder / f"{stage}.pt") >= vars(options)[_STEPS[stage]]
+    finished, own = options.folder / train_vae.FINISHED, options.folder / f"{stage}.pt"
+    if stage in (SHORT_STAGE, LONG_STAGE) and finished.exists():
+        return True
+    if stage == LONG_STAGE or (stage == DECODER_STAGE and own.exists() and is_newer(own, finished)):
+        return False  # interrupted between the last step and the writing of the finished file
+    return steps_made(own) >= vars(options)[_STEPS[stage]]
+
+
+def is_newer(file: Path, other: Path) -> bool:
+    return file.stat().st_mtime_ns > other.stat().st_mtime_ns
 
 
 def fit_vae(stage: str, options: argparse.Namespace) -> bool:
@@ -178,6 +186,8 @@ def measured_spec(folder: Path) -> ModelSpec:
 
 
 def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
+    if options.expert_steps and is_made("experts", options):
+        return True  # their clips may be of the encoder before `vae-decoder` wrote the file again
     spec = measured_spec(options.folder)
     kinds = train_experts.TOY if options.smoke else train_experts.KINDS
     order = range(len(kinds)) if options.smoke else train_experts.ORDER

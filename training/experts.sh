@@ -15,13 +15,14 @@ train() { python3 -m training --folder "$folder" --minutes "$(python3 -c "print(
 steps() { python3 -c "print(max(500, int(($(left "$1") - $2) / $3)))"; } # END, seconds before the first step, seconds a step
 
 limit=$experts_end
-train --stage experts --expert-steps 0 && rm "$folder"/experts.* # encodes the clips
+# Encodes the clips. An earlier call may have left a checkpoint, and the number of its steps.
+[ -e "$folder/experts.pt" ] || { train --stage experts --expert-steps 0 && rm "$folder"/experts.*; }
 for way in "TORCH_COMPILE_DISABLE=0 0.0305" "TORCHINDUCTOR_MIX_ORDER_REDUCTION=0 0.0305" "TORCH_COMPILE_DISABLE=1 0.05"; do
   [ "$(left "$experts_end")" -gt 60 ] || break
   export "${way% *}"
   echo "experts: ${way% *}"
-  [ -e "$folder/experts.pt" ] || expert_steps=$(steps "$experts_end" 80 "${way#* }")
-  train --stage experts --expert-steps "$expert_steps" && break
+  [ -e "$folder/experts.pt" ] || steps "$experts_end" 80 "${way#* }" > "$folder/expert-steps"
+  train --stage experts --expert-steps "$(cat "$folder/expert-steps")" && break
 done
 limit=$((end + 60))
 train --stage export --expert-steps 1 # also of an unfinished stage

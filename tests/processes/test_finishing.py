@@ -18,6 +18,7 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job
 from wanfast.runtime.processes import worker
+from wanfast.runtime.processes.run_folder import result_file
 
 __all__ = ["start"]
 
@@ -44,6 +45,21 @@ def faulty(self, job, on_step, *others, **named):
     return make(self, job, stepped, *others, **named)
 
 sidecar.Recording.finish, session.Session.make = waiting, faulty
+"""
+
+# The file of the first video cannot be completed.
+FAULTY_FILE = """
+import os
+from wanfast.runtime.planning import sidecar
+
+finish = sidecar.Recording.finish
+
+def faulty(self, document):
+    if self._outputs[0].name == "1.mp4":
+        {fault}
+    return finish(self, document)
+
+sidecar.Recording.finish = faulty
 """
 
 
@@ -150,12 +166,29 @@ def test_a_signal_leaves_no_incomplete_file_of_an_earlier_video(start: Start, wo
     assert not list(workdir.glob(".*.part")) and not any(file.exists() for file in outputs)
 
 
-def test_an_unexpected_error_of_a_file_ends_the_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["os.kill(os.getpid(), 9)", "raise MemoryError"], ids=["killed", "no memory"])
+def test_a_file_that_cannot_be_completed_costs_its_own_video(start: Start, workdir: Path, fault: str) -> None:
+    """A rank that is killed may also cost the video that it had begun, but no more."""
+    outputs = write_list(workdir, {}, {}, {}, {})
+    environment = with_fault(workdir, FAULTY_FILE.format(fault=fault), rank=0, replica=None)
+    exit_code, out, err = start(*SMALL, "--jobs", "jobs.jsonl", "--json", environment=environment).end()
+    assert exit_code == 6, err
+    errors = [result.get("error", "") for result in results(out)]
+    if "kill" in fault:
+        assert "rank 0 was killed by SIGKILL" in errors[0] and errors[2:] == ["", ""]
+    else:
+        assert "the files of this video could not be completed: MemoryError()" in errors[0] and errors[1:] == [""] * 3
+    assert [file.exists() for file in outputs] == [not error for error in errors]
+    assert not list(workdir.glob(".*.part"))
+
+
+def test_an_unexpected_error_of_a_file_is_the_result_of_its_job(tmp_path: Path) -> None:
     def finish() -> dict[str, Any]:
         raise KeyError("a bug")
 
-    with pytest.raises(KeyError), worker._Results(tmp_path, 0) as found:
+    with worker._Results(tmp_path, 0) as found:
         found.add(0, finish)
-    with pytest.raises(KeyError), worker._Results(tmp_path, 0) as found:
-        found.add(0, finish)
-        found.add(1, {})
+        found.add(1, {"made": True})
+    documents = [json.loads(result_file(tmp_path, index).read_text()) for index in (0, 1)]
+    assert documents[0]["exit_code"] == 5 and "KeyError('a bug')" in documents[0]["error"]
+    assert documents[1] == {"made": True}

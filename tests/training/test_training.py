@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -293,6 +294,12 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
     assert "--stage vae-short is not finished" in str(call("--minutes", "0"))
     assert "--stage vae-short is not finished" in str(call("--minutes", "0", "--stage", "vae-long", "vae-short"))
     assert call() is None
+    for file in tmp_path.glob("clips-*.pt"):
+        file.unlink()
+    os.utime(tmp_path / "vae-finished.pt", (1, 1))  # as if the decoder's last step was the end of a process
+    assert call() is None
+    assert (tmp_path / "vae-finished.pt").stat().st_mtime > 1
+    assert not list(tmp_path.glob("clips-*.pt"))  # the experts are trained: nothing is encoded again
     for name in ("vae-short.pt", "vae-long.pt"):
         (tmp_path / name).unlink()
     assert call("--stage", "export") is None  # needs only what moves between machines, and the experts

@@ -31,9 +31,11 @@ class Stopwatch:
 
 
 class StepTimes:
-    """Measures the seconds of each step; on a GPU by events, so that no step waits for the GPU.
+    """Measures the seconds of each step; on a GPU by events, so that only the first step waits for the GPU.
 
-    Call the object before and after every step. The seconds of the first step include compilation.
+    Call the object before and after every step. The seconds of the first step include compilation. After the first
+    step, the call waits for the GPU, because the progress that is reported next says how long a step takes: the
+    parent decides by it whether a later step hangs.
     """
 
     def __init__(self, device: str) -> None:
@@ -44,6 +46,8 @@ class StepTimes:
         """Notes the moment at which `done` steps are finished; a second call with the same number does nothing."""
         if done == len(self._moments):
             self._moments.append(_event() if self._device == "cuda" else _Moment())
+            if done == 1:
+                self._moments[1].synchronize()
 
     def seconds(self) -> list[float]:
         """Returns the seconds of each finished step; waits until the GPU has finished the last step."""

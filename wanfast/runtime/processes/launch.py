@@ -97,6 +97,7 @@ class RankGroups:
         self._numbers: dict[int, int] = {}  # place -> the number of its group, which grows with each restart
         self._failed_loads: Counter[str] = Counter()  # models -> groups that died while loading them
         self._failed_starts: Counter[int] = Counter()  # place -> groups that died one after the other without a job
+        self._given_back: set[int] = set()  # jobs that were given back once
         self._given_up: set[int] = set()  # numbers of dead groups that were looked at
         self._not_started: ConfigError | None = None  # why a dead group could not be started again
         self._hung: dict[int, tuple[int, WanFastError]] = {}  # number -> (nanoseconds since the epoch, its error)
@@ -322,14 +323,19 @@ class RankGroups:
             yield from ((index, self._not_started or error) for index in left)
 
     def _incomplete(self, claims: dict[int, int | None], died: set[int]) -> set[int]:
-        """Returns the jobs without a result that groups left to their last thread when they claimed the next job.
+        """Returns the jobs without a result that are given back, so that they are done again.
 
-        The groups `died` just now, and the error of the later job is no fault of these jobs.
+        The groups `died` just now. A group that dies with two jobs had left the files of the earlier one to its thread
+        when it claimed the later one. The later one counts as the cause. If the earlier one was given back before, it
+        counts as the cause instead, and the later one is given back. So no job is given back twice.
         """
         if self._ranks.nnodes > 1:
             return set()
-        own = ([index for index, owner in claims.items() if owner == number] for number in died)
-        return {index for found in own for index in found if index != newest(self._folder, found)}
+        found: set[int] = set()
+        for number in died:
+            own = {index for index, owner in claims.items() if owner == number}
+            found |= own - (own & self._given_back or {newest(self._folder, sorted(own))}) if own else set()
+        return found
 
     def _replace(
         self, batch: _Batch, dead: set[int], claims: dict[int, int | None], again: Collection[int]
@@ -370,6 +376,7 @@ class RankGroups:
                     self._remove_partials(batch, {number})
                     for index in given_back:
                         forget(self._folder, index)
+                    self._given_back.update(given_back)
                     self._start(place, batch.number)
             except ConfigError as error:  # this place stays empty
                 for index in given_back:

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from wanfast.runtime.config import RanksConfig
-from wanfast.runtime.errors import CancelledError, ConfigError, WanFastError, failure
+from wanfast.runtime.errors import CancelledError, ConfigError, RankFailedError, WanFastError, failure
 from wanfast.runtime.machine.signals import FIRST_BATCH
 from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.share import Share
@@ -191,9 +191,10 @@ def _do_batch(
 class _Results:
     """Writes the results of a batch into the run folder.
 
-    A result may come as a function that completes it. A thread calls this function while the ranks do the next job. No
-    more than one result is incomplete at a time, because its frames take memory. When the `with` block ends, all
-    results are written.
+    A result may come as a function that completes it. A thread calls this function while the ranks do the next job. The
+    next result waits until it has returned, so that the frames of at most two videos are in memory. Any exception of
+    the function is the result of its own job, because the ranks are already doing the next job. When the `with` block
+    ends, all results are written.
     """
 
     def __init__(self, run_folder: Path, first: int) -> None:
@@ -215,7 +216,7 @@ class _Results:
             self._last.result()
             self._last = None
         if callable(result):
-            self._last = self._thread.submit(lambda: self._write(index, result()))
+            self._last = self._thread.submit(lambda: self._write(index, _completed(result)))
         else:
             self._write(index, result)
 
@@ -224,6 +225,15 @@ class _Results:
             write_result(self._run_folder, self._first + index, result)
         except ConfigError:  # an empty file needs no space, and tells the parent
             result_file(self._run_folder, self._first + index).touch()
+
+
+def _completed(finish: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the result of `finish`, or a document with its error; the log gets the traceback."""
+    try:
+        return finish()
+    except Exception as error:  # noqa: BLE001 - a bug or a lack of memory must not end the next job too
+        traceback.print_exc()
+        return failure(RankFailedError(f"the files of this video could not be completed: {error!r:.300}"))
 
 
 def _report(file: Path, state: str, instead: Path) -> None:
