@@ -154,17 +154,28 @@ for arguments in {TORCH_FREE!r}:  # in one process: a module that one command im
 
 
 def test_help_takes_less_than_half_a_second(workdir: Path) -> None:
-    """The limit is on processor time, because other processes share this machine."""
+    """The limit is on processor time, because other processes share this machine.
 
-    def seconds() -> float:
+    A machine is slower at times, so the limit grows with the time of a loop, which takes 0.5 s if nothing slows it.
+    """
+
+    def seconds(program: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert python("from wanfast.cli import main; main(['--help'])", cwd=workdir).returncode == 0
+        assert python(program, cwd=workdir).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    fastest = min(seconds() for _ in range(5))
-    print(f"wanfast --help: {fastest:.2f} s of processor time")
-    assert fastest < 0.5
+    pairs = [(seconds("from wanfast.cli import main; main(['--help'])"), seconds(LOOP)) for _ in range(5)]
+    fastest, loop = (min(of) for of in zip(*pairs, strict=True))
+    print(f"wanfast --help: {fastest:.2f} s of processor time; the loop: {loop:.2f} s")
+    assert fastest < 0.5 * max(1.0, loop / 0.5)
+
+
+LOOP = """
+total = 0
+for number in range(9_000_000):
+    total += number
+"""
 
 
 REFUSALS = {
