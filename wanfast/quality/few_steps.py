@@ -25,6 +25,7 @@ from wanfast.quality.distilled import PAIR, distilled, missing_lora, undistilled
 from wanfast.quality.tiny import (
     Judge,
     Mover,
+    asked,
     judge_all,
     mean_of,
     movers_of,
@@ -78,9 +79,8 @@ def configs(judge: Judge, recipe: RecipeName) -> dict[str, EffectiveConfig]:
 
 def plans(judge: Judge, recipe: RecipeName, seed: int = 0) -> Iterator[tuple[str, Plan]]:
     """Yields (name of a way, plan of its video), the teacher first."""
-    side = judge.settings.side
     for name, config in configs(judge, recipe).items():
-        yield name, Plan.of(config.replace(seed=seed), judge.files.spec, (side, side))
+        yield name, judge.plan_of(config.replace(seed=seed))
 
 
 @torch.inference_mode()
@@ -101,7 +101,7 @@ def judged(judge: Judge, task: FewStepsTask) -> dict[str, Any]:
                 else {}
             ),
         }
-    return {**vars(task), "asked": scene.motion if task.mover == "shape" else scene.camera, "ways": ways}
+    return {**vars(task), "asked": asked(task.mover, scene), "ways": ways}
 
 
 def summarise(results: list[dict[str, Any]], forwards: dict[str, int]) -> dict[str, list[dict[str, Any]]]:

@@ -31,6 +31,7 @@ from wanfast.quality.tiny import (
     Judge,
     Mover,
     Settings,
+    asked,
     figures_of_last,
     judge_all,
     movers_of,
@@ -47,7 +48,6 @@ from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.pixels import Frames
 from wanfast.runtime.jobs.generate import Joined
 from wanfast.runtime.machine.packages import commit, versions
-from wanfast.runtime.planning.plan import Plan
 
 CLIPS = 4
 _LASTING = ("circle", "spin", "still")  # motions of a shape that stays in the frame, however often they are repeated
@@ -70,7 +70,7 @@ def judged(judge: Judge, task: KindTask) -> dict[str, Any]:
     """Makes the videos of a task, and returns their metrics."""
     scene, truth = judge.held_out(task.index, task.mover)
     measured = _between(judge, task, scene, truth) if task.kind == "between" else _chain(judge, task, scene, truth)
-    return {**vars(task), "asked": _asked(task.mover, scene), **measured}
+    return {**vars(task), "asked": asked(task.mover, scene), **measured}
 
 
 def _between(judge: Judge, task: KindTask, scene: Scene, truth: Tensor) -> dict[str, Any]:
@@ -95,15 +95,8 @@ def _chain(judge: Judge, task: KindTask, scene: Scene, truth: Tensor) -> dict[st
 
 
 def _video(judge: Judge, seed: int, scene: Scene, image: Tensor, last: Tensor | None = None) -> Tensor:
-    side = judge.settings.side
-    plan = Plan.of(judge.config.replace(seed=seed), judge.files.spec, (side, side))
+    plan = judge.plan_of(judge.config.replace(seed=seed))
     return judge.by_plan(judge.pipeline, plan, scene.caption, image, last=last)
-
-
-def _asked(mover: Mover, scene: Scene) -> str:
-    name = scene.motion if mover == "shape" else scene.camera
-    assert name is not None
-    return name
 
 
 def chain_figures(frames: Frames, mover: Mover, scene: Scene) -> dict[str, Any]:
@@ -149,10 +142,10 @@ def goes_on(window: Frames, mover: Mover, scene: Scene, share: float) -> bool | 
 def _judge_of(mover: Mover, scene: Scene) -> tuple[PathFn, npt.NDArray[np.float64]]:
     """Returns (the path of the motion that the scene's prompt asks for, the tolerance of this motion's judge)."""
     if mover == "shape":
-        return MOTIONS[_asked(mover, scene)].at, tracking.TOLERANCE
+        return MOTIONS[asked(mover, scene)].at, tracking.TOLERANCE
     from wanfast.quality import registration  # needs OpenCV, and only photographs need this module
 
-    return CAMERAS[_asked(mover, scene)].at, registration.TOLERANCE
+    return CAMERAS[asked(mover, scene)].at, registration.TOLERANCE
 
 
 def _followed(frames: Frames, mover: Mover, scene: Scene) -> npt.NDArray[np.float64] | None:

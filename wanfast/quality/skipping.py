@@ -29,7 +29,7 @@ from wanfast.quality import metrics
 from wanfast.quality.distilled import PAIR, distilled, missing_lora
 from wanfast.quality.tiny import Judge, Settings, judge_all, require_plotting, share_right, write
 from wanfast.quality.tracking import classify
-from wanfast.runtime.config import EffectiveConfig, magcache_settings
+from wanfast.runtime.config import magcache_settings
 from wanfast.runtime.engine import pixels
 from wanfast.runtime.facts.choices import MagCacheRule
 from wanfast.runtime.machine.packages import commit, versions
@@ -100,10 +100,10 @@ def cached(full: Plan, judge: Judge, rule: MagCacheRule, name: str) -> dict[Plan
 
 def other_ways(full: Plan, judge: Judge) -> list[SkippingWay]:
     """Returns the ways to save forwards by gates of guidance, and by the recipe `hybrid` if the model has LoRAs."""
-    plans = {f"gate {gate:g}": _planned(judge, full.config.replace(guidance_gate=gate)) for gate in GATES}
+    plans = {f"gate {gate:g}": judge.plan_of(full.config.replace(guidance_gate=gate)) for gate in GATES}
     both_caches = {f"gate {CACHED_GATE:g}"}
     if not missing_lora(judge.files, "hybrid", PAIR):
-        plans["hybrid"] = _planned(judge, distilled(full.config, "hybrid", judge.files, PAIR))
+        plans["hybrid"] = judge.plan_of(distilled(full.config, "hybrid", judge.files, PAIR))
         both_caches |= {"hybrid"}
     found = []
     for name, plan in plans.items():
@@ -116,11 +116,6 @@ def other_ways(full: Plan, judge: Judge) -> list[SkippingWay]:
     return found
 
 
-def _planned(judge: Judge, config: EffectiveConfig) -> Plan:
-    side = judge.settings.side
-    return Plan.of(config, judge.files.spec, (side, side))
-
-
 @torch.inference_mode()
 def judged(judge: Judge, task: tuple[int, bool]) -> list[dict[str, Any]]:
     """Makes videos from one held-out scene, and returns a row of metrics for each video.
@@ -130,7 +125,7 @@ def judged(judge: Judge, task: tuple[int, bool]) -> list[dict[str, Any]]:
     """
     index, with_others = task
     scene, truth = judge.held_out(index)
-    full = _planned(judge, judge.config.replace(seed=index))
+    full = judge.plan_of(judge.config.replace(seed=index))
     reference = judge.by_plan(judge.pipeline, full, scene.caption, truth[:, 0])
     made = {_key(full): reference}  # plans that compute the same forwards in the same way make the same video
     rows = []
@@ -167,7 +162,7 @@ def summarise(results: list[list[dict[str, Any]]], judge: Judge, *, with_others:
     The first row is for the videos without skipping. Each other row is for one `SkippingWay`. Its skipped forwards are
     all forwards that the unskipped video has and this video has not, whether a cache, a gate or a recipe saves them.
     """
-    full = _planned(judge, judge.config)
+    full = judge.plan_of(judge.config)
     found: list[dict[str, Any]] = []
     for number, way in enumerate((None, *_all_ways(full, judge, with_others))):
         rows = [result[number] for result in results]

@@ -122,6 +122,11 @@ class Judge:
             self._pipelines[config.models] = self.load(config)
         return self._pipelines[config.models]
 
+    def plan_of(self, config: EffectiveConfig) -> Plan:
+        """Returns the plan of a video with `config`, from a square image of the judged size."""
+        side = self.settings.side
+        return Plan.of(config, self.files.spec, (side, side))
+
     @torch.inference_mode()
     def __call__(self, task: Task) -> dict[str, Any]:
         scene, truth = self.held_out(task.index, task.mover)
@@ -129,7 +134,7 @@ class Judge:
         result: dict[str, Any] = {
             **vars(task),
             "caption": scene.caption,
-            "asked": scene.motion if task.mover == "shape" else scene.camera,
+            "asked": asked(task.mover, scene),
             "shown": shown(task.mover, scene, pixels.to_uint8(video)),
             "first_frame_psnr": metrics.psnr(video[:, :1], truth[:, :1]),
             "psnr": metrics.psnr(video, truth),
@@ -171,7 +176,7 @@ class Judge:
         config = self.config.replace(seed=task.index)
         if not task.with_prompt:
             config = config.replace(guidance_high_noise=1.0, guidance_low_noise=1.0)
-        plan = Plan.of(config, self.files.spec, (self.settings.side, self.settings.side))
+        plan = self.plan_of(config)
         recorder = Recorder(Ranks(self.settings.device), plan.geometry.tokens)
         prompt = scene.caption if task.with_prompt else ""
         last = truth[:, -1] if task.with_last else None
@@ -209,6 +214,13 @@ class Judge:
         ids = torch.tensor([self.tokenizer.encode(text).ids], device=self.settings.device)
         embeds: Tensor = self.umt5(ids)[0]
         return embeds
+
+
+def asked(mover: Mover, scene: Scene) -> str:
+    """Returns the name of the motion that the scene's prompt asks for; `mover` says what moves."""
+    name = scene.motion if mover == "shape" else scene.camera
+    assert name is not None
+    return name
 
 
 def shown(mover: Mover, scene: Scene, frames: npt.NDArray[np.uint8]) -> str | None:
