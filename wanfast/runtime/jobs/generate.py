@@ -18,7 +18,7 @@ import numpy as np
 
 from wanfast.runtime.engine.pixels import Frame, Frames
 from wanfast.runtime.engine.session import Made, Session, Sessions, Sources
-from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.jobs.loop import FinishFn, FrameFileFn, Result, by_step, run_jobs
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
@@ -46,8 +46,8 @@ def run(
     written into the file `frames_of(index)`.
     In a list, the files of a video are completed while the next video is made: x264 holds back half of the frames
     until it has got the last one. So each job of a list yields (index, finish) as soon as its frames are decoded. The
-    leader must call `finish()` once, in any thread. It writes the files, and returns the result or the error. This
-    is not done for rank groups that span machines, because each machine needs the result.
+    leader must call `finish()` once, in any thread: it writes the files, and returns the result or raises WanFastError.
+    This is not done for rank groups that span machines, because each machine needs the result.
     """
     is_list = len(jobs) > 1 and jobs[0].config.ranks.nnodes == 1
     work = partial(make_video, frames_of=frames_of, finishes_later=is_list)
@@ -88,12 +88,9 @@ def make_video(
 
 
 def _finish(opened: ExitStack, recording: sidecar.Recording | FramesFile, job: Job, made: list[Made]) -> Result:
-    """Completes the files of a video, and returns the result or the error. Closes `opened`, which holds the files."""
+    """Completes the files of a video, and returns the result. Closes `opened`, which holds the files."""
     with opened:
-        try:
-            return recording.finish(_document(_plan_of(job, made), made))
-        except WanFastError as error:
-            return failure(error)
+        return recording.finish(_document(_plan_of(job, made), made))
 
 
 def _recording(job: Job, frames: Path) -> sidecar.Recording | FramesFile:

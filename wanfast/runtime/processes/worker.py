@@ -231,6 +231,8 @@ def _completed(finish: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Returns the result of `finish`, or a document with its error; the log gets the traceback."""
     try:
         return finish()
+    except WanFastError as error:
+        return failure(error)
     except Exception as error:  # noqa: BLE001 - a bug or a lack of memory must not end the next job too
         traceback.print_exc()
         return failure(RankFailedError(f"the files of this video could not be completed: {error!r:.300}"))
