@@ -1,1 +1,4 @@
-"""This package calibrates plans of sparse attention. It uses the runtime, and the runtime never imports it."""
+"""This package measures the errors of lossy attention, and chooses a density for each attention head.
+
+The package imports the runtime, and the runtime never imports the package.
+"""

@@ -1,8 +1,9 @@
 """Runs the jobs of `wanfast calibrate-attention` on a rank: denoises each clip, and measures errors of attention.
 
-The clip is denoised with dense attention. In each call of self-attention, the error that lists of blocks would cause is
-measured on sampled queries, for each density of `LADDER`. As in a run, lists are used for several steps before new
-lists are made. If the float8 kernel runs on all ranks, the error in float8 is measured too.
+Each clip is denoised with dense attention. Sparse attention would compute only some blocks of keys: those in the lists
+that a router makes. In each call of self-attention, the error of sparse attention is measured on sampled queries, for
+each density of `LADDER`. Lists are used for several steps before new lists are made, as `wanfast generate` does. If the
+float8 kernel runs on all ranks, the error of float8 attention is measured too.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from wanfast.runtime.planning.progress import ProgressFn
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
-    """Denoises one clip; returns attention's mean errors [band][layer][head][length], and the seconds of denoising.
+    """Denoises one clip with dense attention, and returns the relative errors that lossy attention would cause.
 
-    A length is the number of key blocks in a list of blocks; each tested density gives one length. If float8
-    attention runs on all ranks, [length] has one more entry at its end: the error of float8 attention. Raises
-    ConfigError if --fp8 was given, but float8 attention does not run on all ranks.
+    "errors" [band][layer][head][choice] holds means over the calls of a band. The choices are the densities of
+    `LADDER`, in order. If float8 attention runs on all ranks, it is one more choice at the end. "seconds" holds the
+    seconds of denoising. Raises ConfigError if --fp8 was given, but float8 attention does not run on all ranks.
     """
     ranks, precision, head_dim = session.ranks, job.config.models.precision, session.files.spec.dit.head_dim
     if job.requested.get("fp8"):

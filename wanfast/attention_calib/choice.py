@@ -28,14 +28,15 @@ def is_whole(measured: dict[str, Any], shape: tuple[int, int, int], *, fp8: bool
 
 
 def chosen(measured: list[dict[str, Any]], target: float, *, fp8: bool) -> dict[str, Any]:
-    """Returns, as a JSON document, the cheapest choices whose error is at most `target` in every clip.
+    """Chooses, for each head of each layer and band, the cheapest way whose error is at most `target` in every clip.
 
-    A clip's error is the mean over the calls of a band. If no choice meets `target`, the head is dense, and its error
-    counts as 0. Float8 is a choice only if `fp8` is true. "densities" holds the choices [band][layer][head], and null
-    for a dense head. "mean_error" and "largest_error" are over the choices that the heads got, in all clips. The
-    document also holds the errors of every possible choice. "errors" [band][layer][head][choice] holds the largest
-    error over the clips.
-    "ladder" holds the mean error of each choice over all heads and clips.
+    A choice is a density or, if `fp8` is true, float8. `measured` holds the results of `calibrate.measure`, one for
+    each clip. A head for which no choice meets `target` is dense, and its error counts as 0. Returns a JSON document:
+
+    * "densities" [band][layer][head]: the choices that were made; null is a dense head.
+    * "mean_error" and "largest_error": of these choices, over all heads and clips.
+    * "errors" [band][layer][head][choice]: for every possible choice, the largest error over the clips.
+    * "ladder": for every possible choice, the mean error over all heads and clips.
     """
     choices = [choice for choice in CHOICES if choice is not None and (fp8 or choice != "fp8")]
     columns = [(*LADDER, "fp8").index(choice) for choice in choices]  # as a clip's errors have them

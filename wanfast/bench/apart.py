@@ -37,7 +37,8 @@ def apart(work: WorkName, **arguments: Any) -> Any:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
         if done.returncode:
             raise RankFailedError(
-                f"the process of `{work}` ended with code {done.returncode}; its error is printed above"
+                f"the process that runs `{work}` for `wanfast bench` ended with code {done.returncode}: if an error is "
+                "printed above, fix it; else look whether the machine has enough memory"
             )
         document = json.loads(file.read_text(encoding="utf-8"))
     if "error" in document:

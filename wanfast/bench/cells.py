@@ -54,7 +54,7 @@ _ENABLED_BY = {
 
 @dataclass(frozen=True)
 class Bench:
-    """This class holds the request of one `wanfast bench`: recipes, clips, options, and what is measured."""
+    """This class holds the request of one run of `wanfast bench`: recipes, clips, options, and what is measured."""
 
     recipes: tuple[RecipeName, ...]  # the first is the base, with which the others are compared
     clips: tuple[Clip, ...]
@@ -102,7 +102,11 @@ class Row:
 
 
 def recipes_of(text: str) -> tuple[RecipeName, ...]:
-    """Returns the recipes in a list such as "exact,published". Raises ConfigError for an unknown or missing name."""
+    """Returns the recipes that a text such as "exact,published" names, each only once.
+
+    A name is that of a recipe, or of a group of recipes, such as "published". Raises ConfigError if a name is unknown,
+    or if the text has no name.
+    """
     known: dict[str, tuple[RecipeName, ...]] = {name: (name,) for name in RECIPES}
     known |= GROUPS
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -136,8 +140,7 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
     try:
         if RECIPES[name].num_images > 1 and bench.files.spec.takes_images:
             raise ConfigError(
-                f"--recipe {name} needs a last image, which the clips of `wanfast bench` do not have: use another "
-                "recipe"
+                f"--recipes {name}: `wanfast bench` cannot measure a recipe that needs a last image: use another recipe"
             )
         config = effective({**NO_VIDEO, **options}, bench.files)
         if bench.steps_measured is not None:
@@ -181,7 +184,10 @@ def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) ->
 def _check_steps(video: VideoConfig, spec: ModelSpec, steps: int) -> None:
     if steps > video.num_steps or not has_all_experts(video, spec, steps):
         fix = f"use {least_steps(video, spec)} to {video.num_steps}"
-        raise ConfigError(f"--steps-measured {steps}: each expert of the video needs at least one step: {fix}")
+        raise ConfigError(
+            f"--steps-measured {steps}: the video has {video.num_steps} steps, and each expert of the video needs at "
+            f"least one: {fix}"
+        )
 
 
 def _cell(bench: Bench, opened: Opened, video: Options, clip: int, repeat: int, *, other: bool = False) -> Cell:
@@ -240,7 +246,10 @@ class Cells:
         return self._store.path(KIND, cell.inputs) / FRAMES
 
     def put(self, cell: Cell, document: dict[str, Any], frames: npt.NDArray[np.uint8]) -> None:
-        """Stores the result of a cell. Stores also the uint8 frames [F, H, W, 3] if they are compared later."""
+        """Stores the result `document` of a cell.
+
+        If the videos will be compared, this method also stores `frames`, uint8 [F, H, W, 3].
+        """
 
         def write(folder: Path) -> None:
             if cell.inputs["has_frames"]:

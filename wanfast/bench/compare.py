@@ -1,8 +1,8 @@
-"""Compares each recipe's videos with those of the first recipe, and judges whether the videos follow the prompt.
+"""Compares each recipe's videos with those of the first recipe, and judges whether each video follows its prompt.
 
 A recipe's PSNR is computed from the mean squared error over all clips. (A mean of the clips' PSNRs would be infinite
-even if the videos of just one clip were equal.) If the videos of all clips are equal bit for bit, the document has None
-for the PSNR, and `identical` is true.
+even if the videos of just one clip were equal.) If all videos of a recipe are equal bit for bit to those of the first
+recipe, the recipe's PSNR is None, and `identical` is true.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Turns the results of cells into the rows of a report: seconds, forwards, memory, FLOP and quality.
+"""Turns the results of cells into the rows of a report: seconds, forwards, memory, TFLOP/s and quality.
 
 The seconds of a video are the sum of encoding the image, denoising and decoding. Loading the models and encoding the
 text are not included: they belong to the start of a process, and the report has separate figures for this start. The
 seconds of one repeat are the mean over the clips. The report states the median of the repeats and their spread (the
-largest value minus the smallest). Forwards and FLOP are means over the clips. The memory is the largest of all videos.
+largest value minus the smallest). The number of forwards is the mean over the clips. The TFLOP/s of one rank are the
+mean FLOP of a video, divided by the seconds of denoising and by the number of ranks. The memory is the largest peak of
+all videos.
 This module does not import torch.
 """
 

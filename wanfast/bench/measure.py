@@ -1,8 +1,9 @@
 """Measures the missing cells of `wanfast bench`, repeat by repeat, so that the recipes run in turn.
 
 In each repeat, a recipe starts its ranks, and the ranks load the models. Then the ranks make a short warm-up video of
-each clip, because the first video of a shape also compiles code, searches kernels and encodes the prompt. The report
-states the seconds of the start and of the warm-up videos separately. If a recipe fails, the other recipes still run.
+each clip, because the first video of a shape also compiles code, searches for the fastest kernels and encodes the
+prompt. The report states the seconds of the start and of the warm-up videos separately. If a recipe fails, the other
+recipes still run.
 This module does not import torch.
 """
 

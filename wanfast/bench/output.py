@@ -1,4 +1,4 @@
-"""Writes the files of a report, and the random weights that `wanfast bench` may use.
+"""Writes the files of a report, and the random weights for `wanfast bench --random-weights`.
 
 This module does not import torch.
 """

@@ -103,9 +103,11 @@ def on_more_gpus(
 ) -> dict[str, float]:
     """Returns the seconds of each stage on the second mesh of `meshes`, projected from `seconds` on the first mesh.
 
-    The time of a forward is split in two parts. The exchange is computed by `model`. The rest of the measured time is
-    work that the ranks share equally. `model` does not compute this work, so the measured video may use other kernels
-    than the runs to which `model` was fitted.
+    `seconds` holds the measured stages "encode", "denoise" and "decode"; `forwards` is the number of forwards of the
+    video. Encoding and decoding change by the factor that `model` predicts. The time of a forward is split in two
+    parts. The exchange is computed by `model`. The rest of the measured time is work that the ranks share equally.
+    `model` does not compute this work, so the measured video may use other kernels than the runs to which `model` was
+    fitted.
     """
     before, after = meshes
     exchange = [model.forward(tokens, mesh.ulysses)["exchange"] for mesh in meshes]
@@ -169,7 +171,10 @@ def _tokens_of_vae(vae: Printed) -> int:
 
 @dataclass(frozen=True)
 class WholeVideo:
-    """Holds the median seconds of a command with a new prompt, measured by `benchmarks/whole_video.py --random`."""
+    """Holds the median seconds of whole `wanfast generate` commands whose prompt has no stored embedding.
+
+    `benchmarks/whole_video.py --random` measures these seconds.
+    """
 
     num_gpus: int
     steps: int

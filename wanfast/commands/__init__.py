@@ -2,5 +2,5 @@
 
 Each command turns its options into a frozen config, runs this config, and prints the result.
 
-This package does not import torch.
+No module of this package imports torch at module level.
 """

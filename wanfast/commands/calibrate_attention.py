@@ -1,4 +1,7 @@
-"""`wanfast calibrate-attention`: finds each attention head's least density that meets a target error; stores a plan."""
+"""`wanfast calibrate-attention`: finds, for each attention head, the least density that meets a target error.
+
+The command stores these densities as a plan of attention.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,8 @@ def calibrate_attention(
     fp8: Annotated[
         bool,
         typer.Option(
-            help="Let a head compute all blocks in float8, if float8 meets --target-error and no cheaper density "
-            "does. On a GPU, this command and every run with the plan then need FlashAttention-3.",
+            help="Let a head compute all blocks in float8, if float8 meets --target-error and no density that costs "
+            "less meets it. On a GPU, this command and every run with the plan then need FlashAttention-3.",
             rich_help_panel=LOSSY,
         ),
     ] = False,
@@ -58,10 +61,11 @@ def calibrate_attention(
 ) -> None:
     """Find, for each attention head, the least density that meets --target-error, and store a plan of these densities.
 
-    If no density of a head meets --target-error, the head stays dense, or it computes in float8 (--fp8).
-    `generate --attention-plan artifact` uses the plan.
+    A density is the share of the blocks of keys that a head computes.
+    If no density meets --target-error, the head stays dense. With --fp8, a head may also compute in float8.
+    `generate --attention sparse --attention-plan artifact` uses the plan.
     Each clip is denoised with dense attention; the errors of all densities are measured and stored.
-    An interrupted run continues with the next clip. Another --target-error needs no new measurement.
+    An interrupted run continues with the next clip. A run with another --target-error uses the stored errors.
     """
     given = of_command(options.given(context), "calibrate-attention")
     given.pop("seed", None)
@@ -132,7 +136,7 @@ def calibrated(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a text: the plan's folder and errors, and for each tried density the mean error if all heads had it."""
+    """Returns a text: the plan's folder and errors, and the mean error if all heads had one tried density."""
     how = "was made in an earlier run" if result["was_there"] else f"measured on {result['clips']} clips"
     heads = [density for layers in result["densities"] for of_layer in layers for density in of_layer]
     shares = {None: 1.0, "fp8": FP8_SHARE}

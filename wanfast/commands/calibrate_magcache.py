@@ -36,8 +36,9 @@ def calibrate_magcache(
     seed: options.SeedOfClips = 0,
     json_: options.Json = False,
 ) -> None:
-    """Denoise each clip of a set without skips, and store MagCache's ratios for `--magcache artifact`.
+    """Measure the curve by which MagCache skips forwards, and store the curve for `generate --magcache artifact`.
 
+    Each clip of a set is denoised without skips. The curve says how much the residual changes from step to step.
     Each clip's measurements are stored when the clip is done, so that an interrupted run continues with the next clip.
     """
     given = of_command(options.given(context), "calibrate-magcache")

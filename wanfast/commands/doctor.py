@@ -29,8 +29,9 @@ def doctor(
 ) -> None:
     """Report what is installed, what fits, and what to type next.
 
-    This command loads no weights. It writes only the hashes of files that your options name.
-    Exit code: 2 for a wrong option, 4 if an option names a damaged file, else 0 whatever is found.
+    This command loads no weights.
+    If your options name files of experts or LoRAs, this command stores the hashes of these files for later runs.
+    Exit code: 2 for a wrong option, 4 if an option names a damaged file, else 0, even if something is missing.
     """
     from wanfast.runtime.jobs import doctor as worker  # imports torch, which may be broken
 

@@ -46,8 +46,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="<address>",
-            help="Make the videos of --jobs on the machines of a Ray cluster: HOST:PORT of its head, or auto. "
-            "--num-gpus is then the number of ranks of one video.",
+            help="Make the videos of --jobs on the machines of a Ray cluster: HOST:PORT of its head, or auto for the "
+            "cluster to which this machine belongs. --num-gpus is then the number of ranks of one video.",
             rich_help_panel=GPUS,
         ),
     ] = None,

@@ -64,8 +64,8 @@ def clip_set(by_default: str) -> Any:
     """Returns the option --set of a command that reads a set of clips; `by_default` describes the default set."""
     return typer.Option(
         "--set",
-        help="A folder with a file clips.jsonl. Each line has a prompt and, if the model takes images, an image and "
-        "optionally a last_image.",
+        help="A folder with a file clips.jsonl. Each line is a JSON object with the key prompt and, if the model takes "
+        "images, with the keys image and optionally last_image.",
         show_default=by_default,
         rich_help_panel=MAKE,
     )
