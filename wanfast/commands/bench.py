@@ -51,7 +51,8 @@ def bench(
     steps_measured: Annotated[
         int | None,
         typer.Option(
-            help="Measure only this number of steps, without skips, and estimate the seconds of all forwards.",
+            help="Measure only this number of steps, in which no forward is skipped, and estimate the seconds of the "
+            "whole video from these steps.",
             show_default="all",
             rich_help_panel=MAKE,
         ),
@@ -69,7 +70,7 @@ def bench(
     ] = Path("bench"),
     json_: options.Json = False,
 ) -> None:
-    """Measure recipes side by side: seconds, memory, FLOP, and quality compared with the first recipe.
+    """Measure recipes side by side: seconds, memory, TFLOP/s, and quality compared with the first recipe.
 
     If a recipe can use an option that you give, your value overrides the recipe's own value.
     If this machine cannot run a recipe, the recipe's row states the reason.

@@ -42,7 +42,7 @@ def download(
     layout: Annotated[
         Literal["original", "diffusers"] | None,
         typer.Option(
-            help="Layout of the files in --repo: as Wan-AI published them, or as Diffusers reads them.",
+            help="Layout of the files in --repo: original is Wan-AI's layout, diffusers is the layout of Diffusers.",
             show_default="original",
             rich_help_panel=MAKE,
         ),

@@ -72,10 +72,10 @@ class Report:
             self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
 
     def close(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
-        """Prints the JSON document if `as_json` is true.
+        """Prints the JSON document if `as_json` is true, and raises an error if a video failed.
 
-        Without `--jobs`, raises the video's error if the video failed. With `--jobs`, raises JobsFailedError if any
-        line failed.
+        Without `--jobs`, this error is the video's error, and no document is printed. With `--jobs`, it is
+        JobsFailedError, and the document is printed first.
         """
         many = planned[0].request.line is not None
         failed = sum("error" in result for result in results)

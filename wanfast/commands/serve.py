@@ -29,7 +29,7 @@ def serve(
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with one API key on each line. A client sends one key, and sees the jobs of this key.",
+            help="File with one API key on each line. A client sends one key, and sees only the jobs of this key.",
             rich_help_panel=SERVER,
         ),
     ] = None,
@@ -43,7 +43,11 @@ def serve(
         int, typer.Option(help="Largest size of a request, in megabytes.", rich_help_panel=SERVER)
     ] = 32,
     keep_hours: Annotated[
-        float, typer.Option(help="Hours for which a finished video can be downloaded.", rich_help_panel=SERVER)
+        float,
+        typer.Option(
+            help="Hours for which a finished video can be downloaded. Then the server deletes the video.",
+            rich_help_panel=SERVER,
+        ),
     ] = 24.0,
     max_clips: Annotated[
         int,
@@ -66,7 +70,8 @@ def serve(
         str | None,
         typer.Option(
             metavar="<address>",
-            help="Serve on the machines of a Ray cluster: HOST:PORT of its head, or auto. Needs --database.",
+            help="Serve on the machines of a Ray cluster: HOST:PORT of its head, or auto for the cluster to which this "
+            "machine belongs. Needs --database.",
             rich_help_panel=SERVER,
         ),
     ] = None,

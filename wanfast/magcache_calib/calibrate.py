@@ -14,7 +14,10 @@ from wanfast.runtime.planning.progress import ProgressFn
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
-    """Denoises one clip; returns its residuals' statistics for every step and branch, and the seconds of denoising."""
+    """Denoises one clip without skips, and measures how its residuals change from step to step.
+
+    Returns a dict: "steps" holds the result of `Recorder.measured`, "seconds" the seconds of denoising.
+    """
     plan, images = session.plan(job)
     plan = dataclasses.replace(plan, may_regroup=False)  # because each token is compared with itself, on its rank
     steps = len(plan.schedule)

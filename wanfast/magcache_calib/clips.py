@@ -1,7 +1,7 @@
 """Reads a calibration set: a folder with images and a file `clips.jsonl` with a prompt for each image.
 
-A line may also name a `last_image`. Then all lines must name one, because a curve is either for videos with a last
-image or for videos without one. In a set for a model that makes videos from text alone, each line has only a prompt.
+A line may also name a `last_image`. Then all lines must name one, because a set is either for videos with a last image
+or for videos without one. In a set for a model that makes videos from text alone, each line has only a prompt.
 
 Three small sets ship with the package: drawn scenes for the model `tiny`, photographs for other models that take
 images, and texts for models that take no image.
@@ -68,8 +68,8 @@ def read_set(folder: Path, seed: int, name: str = LIST, *, takes_images: bool = 
             clips.append(_read_clip(line, folder, place, seed + len(clips), takes_images=takes_images))
             if (clips[-1].last_image is None) != (clips[0].last_image is None):
                 raise ConfigError(
-                    f"{place}: either give every line a last_image, or remove last_image from every line, because a "
-                    "curve is either for videos with a last image or for videos without one"
+                    f"{place}: give every line a last_image, or remove last_image from every line, because a set is "
+                    "either for videos with a last image or for videos without one"
                 )
     if not clips:
         raise ConfigError(f"--set {folder}: {name} names no clip: write one line per clip")

@@ -40,8 +40,8 @@ def require_clip(
     measured = read_clip(store, kind, inputs, is_whole)
     if measured is None:
         raise MissingArtifactError(
-            f"{clip_file(store, kind, inputs)}: a clip's measurements are missing or incomplete, although all clips "
-            "are done: end other calibrations, and run this command again"
+            f"{clip_file(store, kind, inputs)}: a clip was measured, but its file is missing or incomplete now: end "
+            "other calibrations, because they may have replaced the file, and run this command again"
         )
     return measured
 

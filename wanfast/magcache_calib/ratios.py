@@ -39,7 +39,7 @@ def averaged(measured: list[dict[str, Any]]) -> dict[str, Any]:
     `ratios` and `cosine_distance` are means over the clips. `spread` is the standard deviation of the ratio over a
     clip's tokens, averaged over the clips. `scatter` is the standard deviation of the ratio over the clips. A step
     without guidance has only the prompt branch: this branch's numbers are used for both branches. A step without a
-    measurement has the ratio 1.
+    measurement has the ratio 1, and 0 in the other lists.
     """
     curve: dict[str, list[list[float]]] = {"ratios": [], "spread": [], "scatter": [], "cosine_distance": []}
     for of_step in zip(*(clip["steps"] for clip in measured), strict=True):
@@ -65,8 +65,8 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
     """Compares the curve with the model's preset, and lists the steps at which the ratios differ too much.
 
     A difference is too large if it exceeds the curve's spread at the step (the standard deviation over tokens).
-    "steps" lists the steps with such a difference, counted from 0. "worst" is the step whose difference is the largest
-    multiple of the spread at this step. "differs" says whether the difference at the worst step is too large. The first
+    "steps" lists the steps with such a difference, counted from 0. "differs" says whether there are such steps. "worst"
+    holds the step, the difference and the spread where the difference is the largest multiple of the spread. The first
     step of each expert is excluded, because no plan uses the ratio of such a step.
     Returns None if the model has no preset, if the preset belongs to other timesteps than those of `config`, or if
     every step is excluded.

@@ -24,7 +24,10 @@ from wanfast.runtime.facts.choices import BRANCHES, Branch
 
 
 class Recorder:
-    """Measures one video on one rank; the measurements stay on the device until `measured` is called."""
+    """Measures, on one rank, how the residuals of one video change from step to step.
+
+    The measurements stay on the device until `measured` is called.
+    """
 
     def __init__(self, ranks: Ranks, num_tokens: int) -> None:
         self._ranks = ranks

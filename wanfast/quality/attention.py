@@ -111,7 +111,7 @@ def of_equal_cost(uniform: AttentionWay, judge: Judge, measured: Sequence[dict[s
 
 @torch.inference_mode()
 def measure(judge: Judge, clip: Clip) -> dict[str, Any]:
-    """Returns the errors of one clip, as `wanfast calibrate-attention` measures them."""
+    """Measures the errors of attention in one clip, as `wanfast calibrate-attention` does; returns its document."""
     with tempfile.TemporaryDirectory() as folder:  # of text embeddings
         options = {**_SPARSE, **_ALL_CALLS, **clip.options, "artifacts_dir": folder}
         config = judge.config.replace(**options, image_sha256=clip.image_sha256)
@@ -200,7 +200,10 @@ def _paired(results: list[list[dict[str, Any]]], number: int, way: AttentionWay)
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Plots PSNR, SSIM and the sampled error over the density of a whole video; float8 gives horizontal lines."""
+    """Plots PSNR, SSIM and the sampled error of attention over the mean density of the video.
+
+    Float8 has no density, so its values are drawn as horizontal lines.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")

@@ -14,20 +14,20 @@ PAIR: RecipeName = "lightning-4"  # the recipe for which the tiny model's pair o
 
 
 def missing_lora(files: ModelFiles, recipe: RecipeName, pair: RecipeName) -> Path | None:
-    """Returns a LoRA file of `pair` that `recipe` needs but the model's folder lacks; None if it lacks no file."""
+    """Returns the first LoRA file of `pair` that `recipe` needs and the model's folder lacks; None if it has all."""
     return next((file for file in _files(files, recipe, pair).values() if not file.is_file()), None)
 
 
 def undistilled(config: EffectiveConfig, recipe: RecipeName) -> EffectiveConfig:
-    """Returns a config with the noise levels, the solver and the guidance of `recipe`, and with the same weights."""
+    """Returns a config with the noise levels, the solver and the guidance of `recipe`, and the weights of `config`."""
     return config.replace(**dict.fromkeys(OF_GRID), **RECIPES[recipe].given({}))
 
 
 def distilled(config: EffectiveConfig, recipe: RecipeName, files: ModelFiles, pair: RecipeName) -> EffectiveConfig:
     """Returns a config with the options of `recipe` and with the LoRAs of `pair` from the model's folder.
 
-    A pair is named by the recipe for which it is trained. Only the experts that `recipe` needs distilled get their
-    LoRA. Raises ConfigError if the folder lacks one of them.
+    A pair of LoRAs is named by the recipe for which the pair is trained. An expert gets its LoRA only if `recipe` needs
+    distilled weights for this expert. Raises ConfigError if the folder lacks a LoRA that is needed.
     """
     loras = {f"lora_{expert}": (str(file),) for expert, file in _files(files, recipe, pair).items()}
     named = undistilled(config, recipe).replace(recipe=recipe, **loras)

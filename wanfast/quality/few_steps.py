@@ -1,11 +1,12 @@
-"""Compares distilled weights of few steps with their teacher and with plain weights; `make tiny-few-steps` runs this.
+"""Compares distilled weights with their teacher and with plain weights; `make tiny-few-steps` runs this module.
 
 The teacher is the model itself with all its guided steps. The student runs a few-step recipe, with the pair of LoRAs
-from the model's folder. The other videos are made by plain weights in as many steps as the student's: at the recipe's
-noise levels, and as `--steps` spaces them, each without and with guidance. All videos of a held-out pair of image and
-prompt have the same seed. A video is compared with the teacher's (PSNR, SSIM), and its first frame with the image. Its
-motion is classified. The paired PSNR is the student's PSNR to the teacher minus that of plain weights: it is above 0 if
-the student is nearer to the teacher. The command prints a table and writes JSON.
+from the model's folder. Four more videos are made with plain weights, in as many steps as the student takes. Two of
+them use the noise levels of the recipe, and two use the noise levels that `--steps` gives; one of each two is made with
+guidance, and the other one without. All videos of a held-out pair of image and prompt have the same seed. Each video is
+compared with the teacher's video (PSNR, SSIM), and the video's first frame is compared with the image. The motion of
+each video is classified. The paired PSNR is the student's PSNR to the teacher, minus the PSNR of plain weights to the
+teacher. It is above 0 if the student is nearer to the teacher. The command prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ RECIPES_OF_PAIRS = tuple(
 
 @dataclass(frozen=True)
 class FewStepsTask:
-    """Names a held-out pair of image and prompt, and the recipe of the student."""
+    """Names a held-out pair of image and prompt, what moves in its clip, and the recipe of the student."""
 
     index: int
     mover: Mover
@@ -85,7 +86,7 @@ def plans(judge: Judge, recipe: RecipeName, seed: int = 0) -> Iterator[tuple[str
 
 @torch.inference_mode()
 def judged(judge: Judge, task: FewStepsTask) -> dict[str, Any]:
-    """Makes the video of each way from one held-out pair, and returns their metrics."""
+    """Makes the video of each way from one held-out pair, and returns the metrics of these videos."""
     scene, truth = judge.held_out(task.index, task.mover)
     teacher, ways = None, {}
     for name, plan in plans(judge, task.recipe, task.index):
@@ -105,7 +106,10 @@ def judged(judge: Judge, task: FewStepsTask) -> dict[str, Any]:
 
 
 def summarise(results: list[dict[str, Any]], forwards: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
-    """Returns, for what moves in the clips, the rows of all ways; `forwards` holds the forwards of each way's video."""
+    """Returns {what moves in the clips: [a row of figures for each way]}.
+
+    `forwards` is {name of a way: the number of forwards of its video}.
+    """
     movers = dict.fromkeys(result["mover"] for result in results)
     return {
         mover: [
@@ -150,9 +154,14 @@ def said(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--recipe", choices=RECIPES_OF_PAIRS, default=PAIR, help="of the student")
-    parser.add_argument("--pairs", type=int, default=100, help="of moving shapes, and as many of photographs")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    parser.add_argument("--recipe", choices=RECIPES_OF_PAIRS, default=PAIR, help="few-step recipe of the student")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=100,
+        help="number of held-out pairs with shapes; with --photographs, as many more with photographs",
+    )
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
     settings = settings_of(parser, options)
     if missing := missing_lora(model_files.locate(settings.model, "artifacts"), options.recipe, options.recipe):

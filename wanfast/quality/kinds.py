@@ -2,12 +2,13 @@
 
 The model must be trained with last images. With `--photographs`, it must also be trained with photographs. For each
 held-out pair, a video gets the last frame of the true clip as its last image. The figures say how near the video's last
-frame comes to this image. A second video is made without the last image, to show that the measure can fail.
+frame comes to this image. As a control, a second video is made without the last image.
 For each chain, four clips with one prompt are made and joined as `wanfast generate` joins them. A seam is the place
 where two clips meet. At a seam, the frames must differ no more than most neighbouring frames inside the clips. The
 motion before a seam must go on after the seam. Colours may drift: the colours' mean and standard deviation in each clip
 are compared with those in the first clip. A shape must not leave the frame, so only shapes that circle, spin or stand
-still are used. All camera motions are used; only a still camera shows the same things in all clips.
+still are used. All camera motions are used. A moving camera shows other things in later clips, so that colours change
+without drift. The JSON therefore also has the drift of those videos in which nothing should move.
 """
 
 from __future__ import annotations
@@ -257,7 +258,7 @@ def main() -> None:
         default=18,
         help=f"number of videos of {CLIPS} clips with shapes; with --photographs, as many more with photographs",
     )
-    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
     settings = settings_of(parser, options)
     tasks, started = tasks_of(options.pairs, options.chains, movers_of(settings)), time.perf_counter()

@@ -21,7 +21,7 @@ _MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 def psnr(video: Tensor, reference: Tensor) -> float:
     """Returns the PSNR in decibels, from the mean squared error over all pixels; infinite for equal videos.
 
-    Raises ValueError as `ssim` does.
+    Raises ValueError if the shapes differ, or if H or W is less than 11 pixels.
     """
     _check_shapes(video, reference)
     error = (_unit(video) - _unit(reference)).square().mean()
@@ -37,9 +37,11 @@ def ssim(video: Tensor, reference: Tensor) -> float:
 
 
 def ms_ssim(video: Tensor, reference: Tensor) -> float:
-    """Returns the multi-scale SSIM over up to five scales; an 11-pixel window must fit into a frame at each scale.
+    """Returns the multi-scale SSIM; 1 for equal videos.
 
-    The weights of these scales are normalised to sum to 1. Raises ValueError as `ssim` does.
+    Each scale halves the resolution. Up to five scales are used: those at which an 11-pixel window fits into a frame.
+    The weights of the used scales are normalised to sum to 1. Raises ValueError if the shapes differ, or if H or W is
+    less than 11 pixels.
     """
     scales = max(1, min(len(_MS_WEIGHTS), (min(video.shape[-2:]) // 11).bit_length()))
     weights = torch.tensor(_MS_WEIGHTS[:scales], dtype=torch.float64)

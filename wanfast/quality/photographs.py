@@ -1,9 +1,9 @@
 """Reads the packed photographs of `training/photographs.py`, and samples them as a moving camera sees them.
 
 A shot names a photograph and the part of it that the clip's first frame shows. Every frame of a shot lies inside its
-photograph. For each pixel of a frame, several points are sampled by bilinear interpolation and averaged.
+photograph. Colours between pixels are interpolated bilinearly.
 
-Shapes: B shots, F frames, H x W pixels. A place in a frame is (x, y), relative to the frame's centre; the unit is the
+Shapes: F frames, H x W pixels. A place in a frame is (x, y), relative to the frame's centre; the unit is the
 frame's short side.
 """
 
@@ -72,7 +72,8 @@ class Photographs:
     def sample(self, shot: Shot, places: Tensor) -> Tensor:
         """Returns the photograph's colours [F, H, W, 3], in 0..1, at `places` [F, H, W, 2].
 
-        Places of all frames are given as places in the shot's first frame.
+        A place is (x, y) from the centre of the shot's first frame, in units of the frame's short side. This holds for
+        the places of all frames.
         """
         picture = self.pictures[shot.photograph]
         height, width = picture.shape[1:]

@@ -47,9 +47,10 @@ def classify(frames: npt.NDArray[np.uint8]) -> CameraVerdict:
 
 
 def follow(frames: npt.NDArray[np.uint8]) -> CameraPath | None:
-    """Returns the camera's path [F, 4]: x, y, log zoom and roll.
+    """Returns the camera's path [F, 4], relative to frame 0: x, y, log zoom and roll.
 
-    Returns None if OpenCV could follow too few corners (feature points) from one frame to the next.
+    x and y are in units of the frame's short side, and roll is in radians. Returns None if OpenCV could follow too few
+    corners (feature points) from one frame to the next.
     """
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
     height, width = grey[0].shape

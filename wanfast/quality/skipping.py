@@ -5,9 +5,9 @@ Each setting makes three videos. The first video follows the greedy plan, which 
 threshold. The second video follows the least-error plan: it skips as many forwards as the greedy plan, within the same
 limits, but with the least accumulated error. The third video follows the least-error plan too, but extrapolates the
 residuals of skipped forwards.
-More videos are made with guidance that stops at a gate. Others follow the recipe `hybrid`, if the model's folder holds
-LoRAs for it. One gate and the hybrid are also combined with both caches: residuals that are used again, and residuals
-that are extrapolated.
+More videos are made with guidance that stops at a gate (`--guidance-gate`). Others follow the recipe `hybrid`, if the
+model's folder holds LoRAs for this recipe. One gate and the hybrid are also combined with both caches: residuals that
+are used again, and residuals that are extrapolated.
 Each video is compared with the unskipped video of the same seed (PSNR, SSIM) and with the true clip (PSNR), and the
 tracker classifies the video's motion. The command writes JSON and plots quality over the share of saved forwards.
 """
@@ -80,10 +80,11 @@ def ways(full: Plan, judge: Judge) -> list[SkippingWay]:
 
 
 def cached(full: Plan, judge: Judge, rule: MagCacheRule, name: str) -> dict[PlanKind, Plan]:
-    """Returns the plans by which MagCache skips forwards of the plan `full`, with the setting of `rule` and `name`.
+    """Returns the plans by which MagCache skips forwards of the plan `full`.
 
-    The first is the greedy plan. The second is the least-error plan with the same number of skips. The third is the
-    same plan as the second, but with extrapolated residuals.
+    `rule` is the value of --magcache-rule, and `name` is a short name of settings, such as E012K2R20. The first is the
+    greedy plan. The second is the least-error plan with the same number of skips. The third is the same plan as the
+    second, but with extrapolated residuals.
     """
     settings = magcache_settings(name)
     assert settings is not None
@@ -99,7 +100,7 @@ def cached(full: Plan, judge: Judge, rule: MagCacheRule, name: str) -> dict[Plan
 
 
 def other_ways(full: Plan, judge: Judge) -> list[SkippingWay]:
-    """Returns the ways to save forwards by gates of guidance, and by the recipe `hybrid` if the model has LoRAs."""
+    """Returns the ways to save forwards by gates of guidance, and by `hybrid` if the model's folder has LoRAs."""
     plans = {f"gate {gate:g}": judge.plan_of(full.config.replace(guidance_gate=gate)) for gate in GATES}
     both_caches = {f"gate {CACHED_GATE:g}"}
     if not missing_lora(judge.files, "hybrid", PAIR):
@@ -159,8 +160,9 @@ def _key(plan: Plan) -> tuple[object, ...]:
 def summarise(results: list[list[dict[str, Any]]], judge: Judge, *, with_others: bool) -> list[dict[str, Any]]:
     """Returns rows of metrics; each metric is averaged over all held-out scenes.
 
-    The first row is for the videos without skipping. Each other row is for one `SkippingWay`. Its skipped forwards are
-    all forwards that the unskipped video has and this video has not, whether a cache, a gate or a recipe saves them.
+    The first row is for the videos without skipping. Each other row is for one `SkippingWay`. In each row,
+    "skipped_forwards" is the number of forwards of the video without skipping, minus the number of forwards that the
+    row's video computes. A cache, a gate or a recipe may save these forwards.
     """
     full = judge.plan_of(judge.config)
     found: list[dict[str, Any]] = []
@@ -229,7 +231,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--model", default="tiny", help="a model for which a curve of MagCache ships")
-    parser.add_argument("--only-magcache", action="store_true", help="leave out gates and the hybrid")
+    parser.add_argument(
+        "--only-magcache", action="store_true", help="measure MagCache, but no gates of guidance and no recipe hybrid"
+    )
     parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
     options = parser.parse_args()
     require_plotting(parser, options.output)

@@ -55,7 +55,10 @@ Mover = Literal["shape", "camera"]  # what a prompt asks to move
 
 @dataclass(frozen=True)
 class Task:
-    """Names a held-out pair of image and prompt; says whether the model gets the prompt, and whether the last frame."""
+    """Names a held-out pair of image and prompt, and says what the model gets besides the image.
+
+    This is the prompt or an empty prompt, and the true clip's last frame or none.
+    """
 
     index: int
     with_prompt: bool
@@ -123,7 +126,7 @@ class Judge:
         return self._pipelines[config.models]
 
     def plan_of(self, config: EffectiveConfig) -> Plan:
-        """Returns the plan of a video with `config`, from a square image of the judged size."""
+        """Returns the plan of a video with `config`, from a square image of `settings.side` pixels a side."""
         side = self.settings.side
         return Plan.of(config, self.files.spec, (side, side))
 
@@ -197,8 +200,9 @@ class Judge:
         residuals: StepCache | None = None,
         last: Tensor | None = None,
     ) -> Tensor:
-        """Returns the video that the pipeline makes by `plan` from `image` and `prompt`.
+        """Returns the video [3, F, H, W] in [-1, 1] that the pipeline makes by `plan` from `image` and `prompt`.
 
+        `image`: [3, H, W] in [-1, 1]. `residuals`: the cache that gets the residuals; None means the plan's own cache.
         `last`: an image of the last frame, which the pipeline gets too; None if the pipeline gets no last frame.
         """
         text: dict[Branch, Tensor] = {
@@ -293,8 +297,8 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
 def mean_of(values: Sequence[float]) -> dict[str, Any]:
     """Returns the mean of the values and the mean's 95 % confidence interval, which is None for a single value.
 
-    The quantile of Student's t is Fisher's expansion of it, which is within 2 % from five values on (Abramowitz and
-    Stegun 1964, 26.7.5).
+    The interval uses a quantile of Student's t distribution. Fisher's expansion approximates this quantile; the error
+    is below 2 % if there are at least five values (Abramowitz and Stegun 1964, 26.7.5).
     """
     z, freedom = 1.96, len(values) - 1
     interval, mean = None, float(np.mean(values))
@@ -385,7 +389,7 @@ def figures_of_last(psnrs: list[float]) -> dict[str, Any]:
 
 
 def plot(summary: dict[str, Any], boundary: float, file: Path) -> None:
-    """Plots, for each step, the residual's norm divided by its norm one step before; each expert has a line."""
+    """Plots, for each step, the residual's norm divided by the norm at the step before; each expert has a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -441,7 +445,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Settings:
-    """Returns the settings that the options give; ends the process if OpenCV is missing."""
+    """Returns the settings that the options give; ends the process if --photographs needs OpenCV, which is missing."""
     if options.photographs and find_spec("cv2") is None:
         parser.error("--photographs needs OpenCV: pip install 'wanfast[quality]', or omit --photographs")
     spec = model_files.locate(options.model, "artifacts").spec
