@@ -43,7 +43,7 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """Prints the errors and the notes. Prints the plans too if `always` is true or stdout is a terminal."""
+        """Prints why requests have no plan, and the notes; also the plans if `always` or if stdout is a terminal."""
         for item in planned:
             if item.plan is None:
                 self.result(item, item.outcome())

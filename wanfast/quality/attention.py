@@ -111,7 +111,7 @@ def of_equal_cost(uniform: AttentionWay, judge: Judge, measured: Sequence[dict[s
 
 @torch.inference_mode()
 def measure(judge: Judge, clip: Clip) -> dict[str, Any]:
-    """Measures the errors of attention in one clip, as `wanfast calibrate-attention` does; returns its document."""
+    """Returns the errors of attention in one clip, as `attention_calib.calibrate.measure` returns them."""
     with tempfile.TemporaryDirectory() as folder:  # of text embeddings
         options = {**_SPARSE, **_ALL_CALLS, **clip.options, "artifacts_dir": folder}
         config = judge.config.replace(**options, image_sha256=clip.image_sha256)
@@ -129,7 +129,7 @@ def _pipeline(judge: Judge, attention: Attention) -> VideoPipeline:
 
 @torch.inference_mode()
 def judged(judge: Judge, task: tuple[int, list[AttentionWay]]) -> list[dict[str, Any]]:
-    """Makes videos from one held-out scene, one for each way, and returns a row of metrics for each video."""
+    """Makes one video from a held-out scene for each way to compute attention, and returns each video's metrics."""
     index, all_ways = task
     scene, truth = judge.held_out(index)
     reference, rows = None, []

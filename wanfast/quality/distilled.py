@@ -14,7 +14,7 @@ PAIR: RecipeName = "lightning-4"  # the recipe for which the tiny model's pair o
 
 
 def missing_lora(files: ModelFiles, recipe: RecipeName, pair: RecipeName) -> Path | None:
-    """Returns the first LoRA file of `pair` that `recipe` needs and the model's folder lacks; None if it has all."""
+    """Returns the first LoRA file of `pair` that `recipe` needs and the model's folder lacks, or None."""
     return next((file for file in _files(files, recipe, pair).values() if not file.is_file()), None)
 
 

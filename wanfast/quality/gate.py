@@ -1,8 +1,9 @@
-"""This module says which ways of lossy attention a recipe may use, from what the tiny model's videos show.
+"""This module says which kinds of lossy attention a recipe may use, from what the tiny model's videos show.
 
-A way passes if three conditions hold. Its share of followed prompts is not below the 95 % interval of dense attention's
-share. Its videos have a mean SSIM of at least `LEAST_SSIM` to the videos of dense attention. The sampled error of its
-heads, averaged over all heads and videos, is at most `TARGET_ERROR`, the default target of a calibration.
+A recipe may use a kind of lossy attention if three conditions hold. First, the share of its videos that follow the
+prompt is at least the lower end of the 95 % interval of dense attention's share. Second, its videos have a mean SSIM of
+at least `LEAST_SSIM` to the videos of dense attention. Third, the sampled error, averaged over all heads and videos, is
+at most `TARGET_ERROR`, the default target of a calibration.
 Limits: the interval is wide if there are few videos. In the tiny model, a query attends to few keys, so that the errors
 of larger models may differ.
 """
@@ -17,9 +18,9 @@ LEAST_SSIM = 0.95  # to the video of dense attention, the mean over all pairs
 
 
 def gate(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, bool]:
-    """Returns which conditions a way of attention meets, and whether the way meets all of them.
+    """Returns {condition: whether a kind of lossy attention meets it}; "holds" says whether all are met.
 
-    `row` and `dense`: the metrics of this way, and the metrics of dense attention.
+    `row` and `dense`: the metrics of the lossy attention, and the metrics of dense attention.
     """
     lowest_share, _ = dense["prompt_following"]["95%"]
     met = {

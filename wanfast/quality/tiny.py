@@ -1,4 +1,4 @@
-"""Measures all quality figures of the tiny model; `make tiny-quality` runs this module.
+"""Measures the quality of the tiny model's videos; `make tiny-quality` runs this module.
 
 Pairs of image and prompt go through the pipeline that `wanfast generate` runs. Some prompts ask for the motion of a
 shape: a combination of shape, colour and motion that training never shows. The other prompts ask for a motion of the

@@ -103,12 +103,12 @@ def is_held_out(shape: str, colour: str, motion: str) -> bool:
 
 
 def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15) -> Scene:
-    """Returns the scene of `seed`.
+    """Returns a random scene of shapes; the same `seed` gives the same scene.
 
     If `held_out` is true, the scene's combination of shape, colour and motion is held out of training. Otherwise
     training may show this combination. `camera_share` is about the share of training scenes in which the camera moves;
-    among held-out scenes, the share is smaller. If the camera moves, the caption also names this motion, and the
-    subject stands still.
+    among held-out scenes, the share is smaller. If the camera moves, the caption also names the camera's motion, and
+    the subject stands still.
     """
     rng = random.Random(f"{seed}/{held_out}")
     while True:
@@ -140,8 +140,8 @@ def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15)
 def draw_photo_scene(seed: int, photographs: Photographs, size: tuple[int, int], *, with_shapes: bool) -> Scene:
     """Returns a training scene that has a photograph as its background.
 
-    If `with_shapes` is false, the scene shows only the photograph, and the camera may move. If it is true, shapes are
-    drawn over the photograph, and either the subject or the camera may move.
+    If `with_shapes` is false, the scene shows only the photograph, and the camera may move. If `with_shapes` is true,
+    shapes are drawn over the photograph, and either the subject or the camera may move.
     """
     rng = random.Random(f"{seed}/photograph/{with_shapes}")
     if not with_shapes:
@@ -156,7 +156,7 @@ def draw_photo_scene(seed: int, photographs: Photographs, size: tuple[int, int],
 def camera_scene(
     index: int, photographs: Photographs, size: tuple[int, int], *, photograph: int | None = None
 ) -> Scene:
-    """Returns the scene at `index` of the scenes that judge camera motions.
+    """Returns the scene at `index` of the scenes by which the model's camera motions are judged.
 
     Successive scenes go through all camera motions in a cycle, and through all photographs in another cycle. If
     `photograph` is given, the scene shows the photograph at this index.
@@ -191,7 +191,7 @@ def _caption(rng: random.Random, scene: Scene) -> str:
 
 
 def read_caption(prompt: str) -> tuple[str, str] | None:
-    """Returns (colour, motion) of the subject that a caption of this world names; None for another text.
+    """Returns (colour, motion) of the subject that a caption of this world names; None for any other text.
 
     A caption about the camera's motion also gives None, because the tracker needs a still background.
     """

@@ -1,1 +1,1 @@
-"""This package holds everything below the command line: facts, geometry, models, sampling, the pipeline."""
+"""This package holds what all commands share: options, facts, plans, models, sampling, the pipeline, processes."""

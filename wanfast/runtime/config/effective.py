@@ -146,7 +146,8 @@ def accepted(given: Options) -> dict[str, Any]:
 def of_command(given: Options, command: Command) -> dict[str, Any]:
     """Returns the `given` options and, if a recipe is given, those of the recipe's options that `command` has.
 
-    The option `recipe` itself is left out. Raises ConfigError for a wrong option; the error names this option.
+    The option `recipe` itself is left out. A recipe's lossy attention is left out too, unless `command` is "warmup".
+    Raises ConfigError for a wrong option; the error names this option.
     """
     given = accepted(given)
     refuse_lossy_attention(given, command)

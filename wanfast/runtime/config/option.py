@@ -123,7 +123,10 @@ class OptionField:
         return absolute(value, self.flag) if is_path else value
 
     def check_range(self, value: Any) -> None:
-        """Raises ConfigError if `value` is out of range, or is a text that UTF-8 cannot encode or that holds a NUL."""
+        """Raises ConfigError if `value` is out of range, or is a text that is not valid.
+
+        A valid text can be encoded as UTF-8, and holds no NUL character unless it is a prompt.
+        """
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, str):
                 _check_text(self.name, each)

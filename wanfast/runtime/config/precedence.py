@@ -1,8 +1,8 @@
-"""Decides which options of a source stay if a nearer source, one of higher priority, gives options too.
+"""Decides which options of one source stay if a source of higher priority gives options too.
 
-A line of a list overrides the command line, and the command line overrides an earlier run. Some values of an earlier
-run were given, and others were derived from given options. If one of these options is given again, the values that
-follow from it are derived again.
+A source of options is a line of a list, the command line or an earlier run. A line overrides the command line, and the
+command line overrides an earlier run. Some values of an earlier run were given, and others were derived from given
+options. If a new value is given for an option, all values that were derived from this option are derived again.
 This module does not import torch.
 """
 
@@ -57,13 +57,14 @@ def without_overridden(options: Options, nearer: Options) -> dict[str, Any]:
 
 
 def repeated(ran: Options, asked: Options, typed: Options) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the options of an earlier run that a new run with the `typed` options repeats.
+    """Returns what a new run with the `typed` options takes over from an earlier run.
 
-    `ran`: the value of each option in the earlier run. `asked`: the options that were given for the earlier run.
-    The first result holds the options of the new run, with values from `ran` or `asked`. The second result holds the
-    `asked` options that are still valid. An option is left out if a typed option overrides it. A typed recipe
-    overrides the options of the earlier recipe, and all lossy options. A derived value is left out if the typed options
-    may change it.
+    `ran`: the value of each option in the earlier run, given or derived. `asked`: the options that were given for the
+    earlier run. The result is a pair of mappings from options to values. The first mapping holds the values for the new
+    run. The second mapping holds those options of `asked` that the new run still has.
+    Both mappings leave out the typed options and the options that a typed option overrides. A typed recipe overrides
+    the options of the earlier recipe, and all lossy options. If a value of `ran` was derived from an option that
+    changes, the first mapping has the value in `asked` instead, or no value.
     """
     ranks = {name: ran[name] for name in ("num_gpus",) if name in ran}
     nearer = {

@@ -130,7 +130,10 @@ class RanksConfig(Part):
         if not 0 <= self.node_rank < self.nnodes:
             raise ConfigError(f"--node-rank {self.node_rank}: with --nnodes {self.nnodes}, use 0 to {self.nnodes - 1}")
         if self.nnodes > 1 and self.rdzv_endpoint is None:
-            raise ConfigError("--nnodes needs --rdzv-endpoint: add HOST:PORT of machine 0, the same on all machines")
+            raise ConfigError(
+                "--nnodes needs --rdzv-endpoint: add --rdzv-endpoint HOST:PORT on all machines, with the address of "
+                "machine 0"
+            )
         if self.rdzv_endpoint is not None:
             if self.nnodes == 1:
                 raise ConfigError("--rdzv-endpoint is for several machines: add --nnodes, or drop --rdzv-endpoint")

@@ -2,9 +2,9 @@
 
 The published recipes come from a published benchmark, which ran the reference program on 8 GPUs. The first of these
 recipes uses the FlashAttention-2 that is part of torch, because FlashAttention-2's own package has no wheel. The others
-use further switches of the reference program. In all published recipes, the ranks compute the branches one after the
-other, and share the tokens of each branch. The models are sharded, unless the experts are quantized. Each branch skips
-forwards separately.
+use further switches of the reference program. In all published recipes, the ranks compute both branches of guidance one
+after the other, and share the tokens of each branch. The models are sharded, unless the experts are quantized. Each
+branch skips forwards separately.
 
 For our recipes (`exact`, `near-exact`, `fast`), wanfast chooses the mesh. The recipes of few steps need distilled
 weights. These recipes have lists of noise levels, because weights are distilled for certain noise levels.
