@@ -161,7 +161,7 @@ def test_a_plan_is_made_of_all_clips_or_not_at_all(
 
     measure_by(monkeypatch, measure)
     outcome = wanfast(*CALIBRATE, "--fp8")
-    assert outcome.exit_code == 3 and "a clip's measurements are missing or incomplete" in outcome.err
+    assert outcome.exit_code == 3 and "a clip was measured, but its file is missing or incomplete now" in outcome.err
     assert not list(Path("artifacts", KIND).glob("*/manifest.json"))
     assert wanfast(*CALIBRATE).document["clips"] == 2
 

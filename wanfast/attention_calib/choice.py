@@ -28,7 +28,7 @@ def is_whole(measured: dict[str, Any], shape: tuple[int, int, int], *, fp8: bool
 
 
 def chosen(measured: list[dict[str, Any]], target: float, *, fp8: bool) -> dict[str, Any]:
-    """Chooses, for each head of each layer and band, the cheapest way whose error is at most `target` in every clip.
+    """Makes, for each head of each layer and band, the cheapest choice with an error of at most `target` in every clip.
 
     A choice is a density or, if `fp8` is true, float8. `measured` holds the results of `calibrate.measure`, one for
     each clip. A head for which no choice meets `target` is dense, and its error counts as 0. Returns a JSON document:

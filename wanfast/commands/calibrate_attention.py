@@ -136,7 +136,10 @@ def calibrated(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a text: the plan's folder and errors, and for each tried density the mean error of using only it."""
+    """Returns a text that states the plan's folder and errors.
+
+    For each density that was tried, the text also states the mean error of a plan in which all heads have this density.
+    """
     how = "was made in an earlier run" if result["was_there"] else f"measured on {result['clips']} clips"
     heads = [density for layers in result["densities"] for of_layer in layers for density in of_layer]
     shares = {None: 1.0, "fp8": FP8_SHARE}

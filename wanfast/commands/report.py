@@ -43,7 +43,10 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """Prints why requests have no plan, and the notes; also the plans if `always` or if stdout is a terminal."""
+        """Prints the notes, and for each request without a plan the reason.
+
+        If `always` is true or stdout is a terminal, this method also prints the plans.
+        """
         for item in planned:
             if item.plan is None:
                 self.result(item, item.outcome())

@@ -100,7 +100,10 @@ def cached(full: Plan, judge: Judge, rule: MagCacheRule, name: str) -> dict[Plan
 
 
 def other_ways(full: Plan, judge: Judge) -> list[SkippingWay]:
-    """Returns the ways to save forwards by gates of guidance, and by `hybrid` if the model's folder has LoRAs."""
+    """Returns the ways to save forwards by gates of guidance and by the recipe `hybrid`.
+
+    The ways of `hybrid` are left out if the model's folder lacks the recipe's LoRAs.
+    """
     plans = {f"gate {gate:g}": judge.plan_of(full.config.replace(guidance_gate=gate)) for gate in GATES}
     both_caches = {f"gate {CACHED_GATE:g}"}
     if not missing_lora(judge.files, "hybrid", PAIR):
