@@ -51,7 +51,10 @@ class MissingArtifactError(WanFastError):
 
 
 class CorruptArtifactError(WanFastError):
-    """This error means that a file has wrong content: a missing, unexpected or misshapen tensor, or a wrong hash."""
+    """This error means that a file has wrong content.
+
+    Examples are a missing tensor, an unexpected tensor, a tensor of a wrong shape, and a wrong hash.
+    """
 
     exit_code = 4
 
