@@ -31,7 +31,7 @@ class Stopwatch:
 
 
 class StepTimes:
-    """Measures the seconds of each step; on a GPU by events, so that only the first step waits for the GPU.
+    """Measures the seconds of each step, on a GPU by CUDA events, so that the host need not wait for every step.
 
     Call the object before and after every step. The seconds of the first step include compilation. After the first
     step, the call waits for the GPU, so that the next report of progress comes when this step has really ended. The

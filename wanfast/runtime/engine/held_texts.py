@@ -14,7 +14,7 @@ MOST = 32  # embeddings that are held, 8 MB each at most; the store has the othe
 
 
 class HeldTexts:
-    """This class holds up to MOST embeddings: those that the next clips need, then those that were used last.
+    """This class holds up to MOST embeddings: first those that the next clips need, and then those that were used last.
 
     An embedding that could not be stored on disk does not count towards MOST. It is held until no later clip of the
     list needs it.

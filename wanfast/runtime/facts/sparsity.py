@@ -112,7 +112,7 @@ class Sparsity:
     def assigned(self, heads: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
         """Returns, for each rank of Ulysses, the numbers of the rank's heads, counted from 0.
 
-        `heads` holds, for each head, the length of the head's lists.
+        `heads` holds, for each head, the length of the head's lists; 0 means that the head is in float8.
         """
         return assigned(self._work(heads), ranks)
 
