@@ -60,7 +60,7 @@ class CorruptArtifactError(WanFastError):
 
 
 class RankFailedError(WanFastError):
-    """This error means that a rank failed or was lost; of several, the message reports the one that failed first."""
+    """This error means that a rank failed or was lost; if several failed, the message is about the first one."""
 
     exit_code = 5
 

@@ -1,4 +1,4 @@
-"""Holds in host memory the text embeddings that the next videos of a list need; a long list needs no more memory."""
+"""Holds in host memory the text embeddings that the next videos of a list need, and not those of the whole list."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MOST = 32  # embeddings that are held, 8 MB each at most; the store has the othe
 class HeldTexts:
     """This class holds up to MOST embeddings: first those that the next clips need, and then those that were used last.
 
-    An embedding that could not be stored on disk does not count towards MOST. It is held until no later clip of the
-    list needs it.
+    An embedding that could not be stored on disk is held until no later clip of the list needs it, even if more than
+    MOST embeddings are then held.
     """
 
     def __init__(self, load: Callable[[list[str], int], Encoded]) -> None:

@@ -47,8 +47,9 @@ def run(
     A single job yields its result when its files are complete. A job of a list yields `finish` as soon as its frames
     are decoded, so that its files are completed while the next video is made: x264 holds back half of the frames until
     it has got the last one. The leader must call `finish()` once, in any thread. This call completes the files, and
-    returns the result or raises WanFastError. If the rank group spans several machines, a job of a list yields its
-    result too, because each machine needs the result.
+    returns the result or raises WanFastError. Two kinds of jobs of a list yield a result and no `finish`: a job that
+    fails before its frames are decoded, whose result is the error, and every job of a rank group that spans several
+    machines, because each machine needs the result.
     """
     is_list = len(jobs) > 1 and jobs[0].config.ranks.nnodes == 1
     work = partial(make_video, frames_of=frames_of, finishes_later=is_list)
