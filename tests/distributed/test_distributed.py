@@ -180,7 +180,8 @@ def test_several_machines_make_one_video_and_never_several() -> None:
 
 
 def test_without_guidance_no_mesh_of_its_branches_is_listed() -> None:
-    with pytest.raises(ConfigError, match=r"without guidance: use one of: (--cfg-parallel 1 --ulysses \d(, )?)+$"):
+    words = r"--ulysses auto without guidance does not fit .*: use one of: (--cfg-parallel 1 --ulysses \d(, )?)+$"
+    with pytest.raises(ConfigError, match=words):
         choose_mesh(8, 40, guided=False, cfg_parallel=2)
 
 

@@ -174,7 +174,7 @@ def test_auto_never_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     probed = attention_probe._LOSSY["fa3-fp8"]
     wrong = probed._replace(run=lambda *qkv: 1.3 * probed.run(*qkv))
     monkeypatch.setitem(attention_probe._LOSSY, "fa3-fp8", wrong)
-    with pytest.raises(ConfigError, match=r"--attention fa3-fp8: fails \(its result is wrong"):
+    with pytest.raises(ConfigError, match=r"--attention fa3-fp8: fails \(the kernel's result is wrong"):
         choose("fa3-fp8", "cpu", torch.float32, 20)
 
 

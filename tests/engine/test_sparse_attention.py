@@ -422,7 +422,7 @@ def test_auto_never_takes_a_lossy_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
         choose("sparse", "cuda", torch.float32, 24)
     wrong = attention_probe._LOSSY["sparse"]._replace(run=lambda q, k, v: v)
     monkeypatch.setitem(attention_probe._LOSSY, "sparse", wrong)
-    with pytest.raises(ConfigError, match=r"--attention sparse: fails \(its result is wrong"):
+    with pytest.raises(ConfigError, match=r"--attention sparse: fails \(the kernel's result is wrong"):
         choose("sparse", "cpu", torch.float32, 24)
     monkeypatch.undo()
     for name in ("flash", "math"):

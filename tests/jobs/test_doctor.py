@@ -457,9 +457,9 @@ def no_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
     ("kernel", "said"),
     [
         (right, "runs"),
-        (unscaled, "fails: its result is wrong: relative error"),
-        (not_a_number, "fails: its result is wrong: relative error nan"),
-        (heads_first, "fails: its result has the shape [1, 2, 256, 128], not [1, 256, 2, 128]"),
+        (unscaled, "fails: the kernel's result is wrong: relative error"),
+        (not_a_number, "fails: the kernel's result is wrong: relative error nan"),
+        (heads_first, "fails: the kernel's result has the shape [1, 2, 256, 128], not [1, 256, 2, 128]"),
         (no_kernel, "fails: no kernel image is available"),
         (lambda q: q, "fails: "),
         (None, "fails: cannot import name"),

@@ -175,7 +175,7 @@ def test_auto_takes_the_first_that_is_right(monkeypatch: pytest.MonkeyPatch) -> 
     ("run", "reason"),
     [
         (lambda q, k, v: attention(q, k, v) * float("nan"), "relative error nan"),
-        (lambda q, k, v: attention(q, k, v).unsqueeze(0), r"its result has the shape \[1, 1, "),
+        (lambda q, k, v: attention(q, k, v).unsqueeze(0), r"the kernel's result has the shape \[1, 1, "),
     ],
 )
 def test_numbers_that_are_none_and_other_shapes_are_refused(

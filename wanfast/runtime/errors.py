@@ -51,13 +51,16 @@ class MissingArtifactError(WanFastError):
 
 
 class CorruptArtifactError(WanFastError):
-    """This error means that a file has wrong content: a missing, unexpected or misshapen tensor, or a wrong hash."""
+    """This error means that a file has wrong content.
+
+    Examples are a missing tensor, an unexpected tensor, a tensor of a wrong shape, and a wrong hash.
+    """
 
     exit_code = 4
 
 
 class RankFailedError(WanFastError):
-    """This error means that a rank failed or was lost; if several failed, the message is the error of the first."""
+    """This error means that a rank failed or was lost; if several failed, the message is about the first one."""
 
     exit_code = 5
 

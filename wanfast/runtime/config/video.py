@@ -291,7 +291,7 @@ class VideoConfig(Part):
         many = f"--prompt is given {num_clips} times" if num_clips > 1 else None
         if many and seeds - num_clips < self.seed < seeds:
             raise ConfigError(
-                f"{many}, and each clip needs the next seed, but the largest seed is {seeds - 1}: use --seed "
+                f"{many}, and the seed grows by 1 from clip to clip, but the largest seed is {seeds - 1}: use --seed "
                 f"{seeds - num_clips} or less"
             )
         if many and self.last_image is not None:
@@ -300,8 +300,8 @@ class VideoConfig(Part):
             )
         if self.frames == 1 and (why := many or (self.continue_from and "--continue-from")):
             raise ConfigError(
-                f"{why}: a clip shares its first frame with what comes before, so one frame is not enough: "
-                "use --frames 5 or more"
+                f"{why}: a clip begins with the last frame of the clip or video before it, so a clip of one frame adds "
+                "nothing: use --frames 5 or more"
             )
 
     def _check_schedule(self) -> None:

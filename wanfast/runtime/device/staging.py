@@ -72,7 +72,7 @@ class _Stage:
             self._buffers.put((buffer, torch.cuda.Event()))  # type: ignore[no-untyped-call]
 
     def begin(self, source: Tensor) -> _Copy:
-        """Starts the copy of a tensor to the device."""
+        """Starts to copy the tensor `source` to the device; `end` returns the tensor on the device."""
         target = torch.empty(source.shape, dtype=source.dtype, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream())  # which may still use the memory of `target`
         read, written = source.reshape(-1).view(torch.uint8).numpy(), target.view(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""This module measures the seconds of named stages; it waits for a GPU to finish the work of a stage."""
+"""This module measures the seconds of named stages, and of each step of denoising, with a GPU's work included."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Stopwatch:
 
 
 class StepTimes:
-    """Measures the seconds of each step; on a GPU by events, so that only the first step waits for the GPU.
+    """Measures the seconds of each step, on a GPU by CUDA events, so that the host need not wait for every step.
 
     Call the object before and after every step. The seconds of the first step include compilation. After the first
-    step, the call waits for the GPU, because the progress that is reported next says how long a step takes: the
-    parent decides by it whether a later step hangs.
+    step, the call waits for the GPU, so that the next report of progress comes when this step has really ended. The
+    parent uses the time of this report to decide whether a later step hangs.
     """
 
     def __init__(self, device: str) -> None:
@@ -69,7 +69,7 @@ class _Moment:
         self._at_s = time.perf_counter()
 
     def synchronize(self) -> None:
-        """Waits for nothing."""
+        """Does nothing, because the work on a CPU has ended already."""
 
     def elapsed_time(self, end: _Moment) -> float:
         """Returns the milliseconds from this moment to `end`."""

@@ -66,8 +66,9 @@ class Ulysses:
     def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> Tensor:
         """Computes the same attention as `attention`, but in float8; ranks exchange half as many bytes as in bf16.
 
-        While q is sent, the ranks exchange their statistics of k and v. So all tokens of a head have one scale and one
-        centre, and the float8 values are equal to those of a single rank.
+        While q is sent, the ranks exchange statistics of their k and v: sums and extremes. With these, every rank
+        computes the same scales, and the same means to subtract from k and v. So the float8 values are equal to those
+        of a single rank.
         """
         size, rank = self.group.size(), self.group.rank()
         sent = [self._send(projections.queries(size).view(torch.uint8))]

@@ -39,11 +39,11 @@ _FAILURES = (RuntimeError, ImportError, OSError, AssertionError, TypeError, Valu
 
 @dataclass(frozen=True)
 class Finding:
-    """Holds a kernel's state after a probe; also the largest relative error if the kernel runs, else the reason."""
+    """Holds the result of a probe: whether the kernel runs, its largest relative error, or why it does not run."""
 
     state: Literal["runs", "not installed", "fails"]
-    relative_error: float | None = None
-    reason: str | None = None
+    relative_error: float | None = None  # None if the kernel does not run
+    reason: str | None = None  # None if the kernel runs
 
 
 class _Probed(NamedTuple):
@@ -71,9 +71,9 @@ class Choice:
 def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
     """Probes the requested kernel and returns it; for `auto`, returns the fastest kernel that gives correct results.
 
-    Beside a lossy kernel, a kernel for the exact calls is chosen as for `auto`. Raises ConfigError if the requested
-    kernel is not installed, raises an error or gives wrong results. For `auto`, raises ConfigError if no installed
-    kernel gives correct results.
+    If the requested kernel is lossy, the function also chooses a kernel for the calls that stay exact, in the same way
+    as for `auto`. Raises ConfigError if the requested kernel is not installed, raises an error or gives wrong results.
+    For `auto`, raises ConfigError if no installed kernel gives correct results.
     """
     if asked != "auto":
         if asked in LOSSY_ATTENTION:
@@ -128,7 +128,10 @@ def runs_fp8(device: str, precision: Precision, head_dim: int) -> bool:
 
 
 def require_fp8(ranks: Ranks, precision: Precision, head_dim: int, option: str = "--attention-plan") -> None:
-    """Raises ConfigError on all ranks if a rank cannot compute heads in float8; `option` asks for such heads."""
+    """Raises ConfigError on all ranks if a rank cannot compute attention heads in float8.
+
+    `option` is the option that asks for float8; the error names it.
+    """
 
     def tried() -> None:
         if not runs_fp8(ranks.device, precision, head_dim):
@@ -192,12 +195,12 @@ def _relative_error(probed: _Probed, q: Tensor, k: Tensor, v: Tensor) -> float:
         warnings.simplefilter("ignore")  # torch explains each back end that it rejects
         got = probed.run(q, k, v).cpu()
     if got.shape != expected.shape:
-        raise ValueError(f"its result has the shape {list(got.shape)}, not {list(expected.shape)}")
+        raise ValueError(f"the kernel's result has the shape {list(got.shape)}, not {list(expected.shape)}")
     error = float((got.double() - expected).norm() / expected.norm())
     if not error <= probed.bound:  # also for NaN
         lengths = f"{q.shape[1]} queries and {k.shape[1]} keys"
         wrong = f"relative error {error:.1g} is over the bound {probed.bound}"
-        raise ValueError(f"its result is wrong: {wrong}, for {lengths}")
+        raise ValueError(f"the kernel's result is wrong: {wrong}, for {lengths}")
     return error
 
 

@@ -4,7 +4,7 @@ A block is compiled with `fullgraph`, so that a graph break is an error and not 
 shape (`dynamic=False`). All blocks of both experts share one graph. Layers with attention in float8 share a second
 graph. Layers with sparse attention use the first one. In mode `default`, cuBLAS computes the matrix products. The two
 `max-autotune` modes measure whether Triton or cuBLAS computes the products faster; this measurement takes half a
-minute. The mode `max-autotune` also captures each block as a CUDA graph, in the second forward of a video size. A
+minute. The mode `max-autotune` also captures each block as a CUDA graph, in the second forward at each video size. A
 captured graph reads weights at fixed addresses, so it must be captured again after weights have moved.
 
 The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads
@@ -107,7 +107,7 @@ def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
 
 
 def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int, exact: Attention) -> dict[str, Any]:
-    """Returns the inputs of the artifact's key: everything that the compiled kernels of a block depend on.
+    """Returns the inputs of the key of stored compiler caches: everything that a block's compiled kernels depend on.
 
     `config.models.attention` must name the kernel that runs, not `auto`; `exact` names the kernel of the exact calls.
     """

@@ -53,7 +53,7 @@ class Noise:
 
 
 def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Tensor:
-    """Returns the first noise of a video, from which denoising starts."""
+    """Returns the first noise [1, C, T, h, w] of a video, in float32 on `device`: denoising starts from this noise."""
     return Noise(seed, geometry, channels, device).draw()
 
 

@@ -34,8 +34,9 @@ def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
     """Uses the stored cuDNN engines inside the `with` block, and stores new engines when the block ends.
 
     New engines are those that a search found inside the block. Each rank has its own engines. Yields an empty mapping.
-    When the block ends, {shape: engine} of all ranks are added to the mapping; for rank N, unless it is the leader, the
-    key is "rank N: shape". On a CPU, or if cuDNN's front end is not installed, the mapping stays empty.
+    When the block ends, this function adds the engines of all ranks to the mapping. The leader's entries are
+    {shape: engine}. The entries of another rank N are {"rank N: shape": engine}. On a CPU, or if cuDNN's front end is
+    not installed, the mapping stays empty.
     """
     used: dict[str, str] = {}
     if ranks.device != "cuda" or not convolution.HAS_FRONT_END:

@@ -33,7 +33,8 @@ def denoise(
 ) -> Tensor:
     """Denoises `noise` over all `steps`, and returns the clean latent in float32, with the shape of `noise`.
 
-    `experts`: the expert of each step. `fresh_noise` draws noise for the steps of a solver that adds noise.
+    `experts`: the expert of each step. `velocities(step index, expert, branches, sample, timestep)` returns one
+    velocity for each of `branches`. `fresh_noise` draws noise for the steps of a solver that adds noise.
     `on_step(steps done, expert)` is called before and after each step. `on_sample(step index, expert, sample)` is
     called after each step, with the new sample.
     """

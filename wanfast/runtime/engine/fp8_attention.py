@@ -2,7 +2,7 @@
 
 In all other steps and layers, self-attention is exact. Cross-attention is always exact. Under Ulysses, a rank has the
 exact keys of all heads, but only of its own tokens. To check the error, each rank attends to these keys, and the ranks
-join their results to exact rows of the output.
+combine their results into exact rows of the output.
 
 Shapes: B batch (1), L tokens of this rank, H heads of all ranks, D head dim.
 """
@@ -64,7 +64,10 @@ class Fp8Attention(LossyAttention):
                 attention.fp8 = in_fp8 if step is not None and schedule.is_fp8(step, layer) else None
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """Returns and stores each head's relative error [H] in the running layer, over sampled queries of all ranks."""
+        """Returns each head's relative error [H] in the layer that runs, and stores these errors for `errors`.
+
+        The errors are measured on sampled queries of all ranks.
+        """
         assert self._forward is not None
         sequence = self._forward.ranks.sequence
         first, count = sequence.own(self._num_tokens)

@@ -1,4 +1,4 @@
-"""Holds in host memory the text embeddings that the next videos of a list need, whatever the length of the list."""
+"""Holds in host memory the text embeddings that the next videos of a list need, and not those of the whole list."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ MOST = 32  # embeddings that are held, 8 MB each at most; the store has the othe
 
 
 class HeldTexts:
-    """This class holds up to MOST embeddings: those that the next clips need, then those that were used last.
+    """This class holds up to MOST embeddings: first those that the next clips need, and then those that were used last.
 
-    Embeddings that could not be stored are held beyond this number, until no later clip of the list needs them.
+    An embedding that could not be stored on disk is held until no later clip of the list needs it, even if more than
+    MOST embeddings are then held.
     """
 
     def __init__(self, load: Callable[[list[str], int], Encoded]) -> None:
@@ -31,9 +32,10 @@ class HeldTexts:
         return len(self._held)
 
     def expect(self, clips: Iterable[tuple[str, ...]]) -> set[str]:
-        """Makes the embeddings of the texts of `clips`, a list in the order in which the clips will be made.
+        """Makes the embeddings of all texts of a list of clips, and returns the texts whose embeddings are not finite.
 
-        The list replaces an earlier list. Returns the texts whose embeddings are not finite.
+        `clips` holds the texts of each clip, in the order in which the clips will be made. This list replaces the
+        list of an earlier call.
         """
         self._clips, self._not_finite = list(clips), set()
         ahead = list(dict.fromkeys(chain(*self._clips)))
@@ -57,7 +59,7 @@ class HeldTexts:
         return used
 
     def clear(self) -> None:
-        """Frees all embeddings and forgets the list."""
+        """Frees all embeddings, and forgets the list of clips."""
         self._held, self._clips, self._unstored, self._not_finite = {}, [], set(), set()
 
     def _hold(self, ahead: list[str], new: list[str]) -> None:

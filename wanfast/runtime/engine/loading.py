@@ -107,7 +107,10 @@ def lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks
 def replace_loras(
     experts: Experts, old: ModelsConfig, files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
 ) -> None:
-    """Fills an expert again if its LoRAs in `config` are not those in `old`. Raises WanFastError."""
+    """Replaces the experts' LoRAs in `old` by those in `config`. Raises WanFastError.
+
+    Only an expert whose LoRAs differ is read again. The seconds of reading are added to `loads`.
+    """
     merges = ranks.together(lambda: _merges(files, config.models))
     for expert in EXPERTS:
         if inputs_of(loras_of(old), expert) != inputs_of(loras_of(config.models), expert):
@@ -153,7 +156,7 @@ def _merges(files: ModelFiles, models: ModelsConfig) -> dict[Expert, MergeFn]:
 
 
 def stored_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:
-    """Returns the artifacts from which quantized experts are read."""
+    """Returns {expert: folder of its artifact} for each expert that is read from an artifact of quantized weights."""
     if models.quantize_on_the_fly:
         return {}
     return {name: expert.require() for name in EXPERTS if (expert := quantized_expert(files, models, name))}

@@ -68,11 +68,14 @@ class LossyAttention:
         self._layer = layer
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns the attention [B, L, H, D] of the layer that runs, for layers whose `attend` is `lossy_attention`."""
+        """Returns the attention [B, L, H, D] of the layer that runs; the operator `lossy_attention` calls this."""
         raise NotImplementedError
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """Returns the error [H] of the layer that runs, for layers that call `check_attention`."""
+        """Returns each head's relative error [H] in the layer that runs; the operator `check_attention` calls this.
+
+        `out` is the attention of this rank's tokens. All four arguments are [B, L, H, D].
+        """
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -104,7 +107,7 @@ class LossyAttention:
         return _report(self.errors(), self._num_layers) if self.is_checked else None
 
     def errors(self) -> dict[tuple[int, Branch, int], list[Any]]:
-        """Returns {(step, branch, layer): errors of each head} over all ranks' heads.
+        """Returns {(step, branch, layer): errors of the heads of all ranks, in the order of the heads}.
 
         All ranks must call this method.
         """

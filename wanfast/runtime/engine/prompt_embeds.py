@@ -41,7 +41,7 @@ _CODE = (
 
 
 class Encoded(NamedTuple):
-    """This class holds the result of `prompt_embeds`."""
+    """This class holds embeddings of texts, and names the texts whose embeddings are not stored or not finite."""
 
     embeds: dict[str, Tensor]  # {text: embedding [n, text_dim]} on the CPU; n is the text's number of tokens
     unstored: set[str]  # those texts of `embeds` that could not be stored

@@ -81,10 +81,10 @@ class SparseAttention(LossyAttention):
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
         """Begins the forward of one `branch` in a step, and frees the lists of blocks that this forward must not use.
 
-        Lists are used for a few steps, by one expert, and only while the steps have the same branches. When the
-        branches of a step change, the ranks of parallel guidance begin to compute the same branch. They must then use
-        the same lists, so new lists are made. In another band of steps, lists may have other lengths, so new lists are
-        made there too.
+        Lists are used for a few steps, by one expert, and only while the steps have the same branches. When a step
+        has other branches than the step before, the ranks of parallel guidance begin to compute the same branch. They
+        must then use the same lists, so new lists are made. In another band of steps, lists may have other lengths, so
+        new lists are made there too.
         """
         assert self._sparsity is not None, "no video was started"
         super().begin(step, expert, branches, branch, ranks)

@@ -27,7 +27,7 @@ CHOICES: tuple[Density, ...] = (*(density for density in LADDER if density < FP8
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """This class names a calibrated plan of densities, and holds the errors that its calibration measured."""
+    """This class holds the key of a calibrated plan of densities, and the errors that the calibration measured."""
 
     key: str  # of the artifact
     target_error: float
@@ -50,9 +50,10 @@ class Densities:
 
 
 def bands_of(experts: Sequence[Expert]) -> tuple[int, ...]:
-    """Returns the first step of each band: the steps of each expert form two bands of equal length.
+    """Returns the first step of each band, counted from 0; the steps of each expert form two bands.
 
-    `experts`: the expert of each step.
+    The two bands are equally long, or the second is one step longer. A single step forms one band. `experts`: the
+    expert of each step.
     """
     starts, start = [], 0
     for _, steps in itertools.groupby(experts):

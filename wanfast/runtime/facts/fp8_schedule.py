@@ -58,7 +58,7 @@ class Fp8Schedule:
         is_power = head_dim & (head_dim - 1) == 0
         if hadamard and not is_power:
             raise ConfigError(
-                f"--fp8-hadamard: this model's heads have {head_dim} channels, but Hadamard matrices are known here "
+                f"--fp8-hadamard: this model's heads have {head_dim} channels, but this program has Hadamard matrices "
                 "only for powers of two: drop --fp8-hadamard"
             )
         return cls(

@@ -103,7 +103,7 @@ def decode_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) 
 def vae_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
     """Returns an estimate of the VAE's peak bytes: the larger of the encoder's peak and the decoder's peak.
 
-    Without images, nothing is encoded.
+    A model that takes no images encodes nothing, so for this model the result is the decoder's peak.
     """
     return max(spec.takes_images * encode_bytes(spec, geometry), decode_bytes(spec, geometry, vae_precision))
 

@@ -90,7 +90,7 @@ def choose_mesh(
         unguided = "" if guided else " without guidance"
         ranks = f"{num_gpus * nnodes} ranks" + (f" of {nnodes} machines" if nnodes > 1 else "")
         raise ConfigError(
-            f"{wanted} does not fit {ranks} and {num_heads} attention heads{unguided}: use one of: {options}"
+            f"{wanted}{unguided} does not fit {ranks} and {num_heads} attention heads: use one of: {options}"
         )
     return min(asked, key=lambda mesh: (mesh.replica, -mesh.cfg))
 

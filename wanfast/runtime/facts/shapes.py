@@ -69,7 +69,10 @@ def middle_box(image_size: tuple[int, int], width: int, height: int) -> tuple[in
 
 
 def inner_size(shape: tuple[int, int], width: int, height: int) -> tuple[int, int]:
-    """Returns the largest (width, height) that fits into `width` x `height` and has the aspect ratio of `shape`."""
+    """Returns the largest (width, height) inside `width` x `height` that has the aspect ratio of `shape`.
+
+    `shape` is (width, height) too. Both numbers of the result are rounded, so its aspect ratio may differ a little.
+    """
     scale = min(width / shape[0], height / shape[1])
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
@@ -98,11 +101,11 @@ def fit_geometry(
 
 
 def largest_geometry(spec: ModelSpec, area_width: int, area_height: int, frames: int) -> Geometry:
-    """Returns the sizes of the video that has the most tokens, over all shapes of images, at --size and `frames`.
+    """Returns the sizes of the video with the most tokens that a run with this --size and `frames` can make.
 
-    --size is area_width x area_height. Example: at 832x480 and 81 frames, 32,760 tokens. If several shapes give equally
-    many tokens, the function returns the shape whose aspect ratio is nearest to that of --size. A model that takes no
-    images makes only videos of exactly --size.
+    --size is area_width x area_height. The number of tokens depends on the image's aspect ratio. Example: at 832x480
+    and 81 frames, the largest number is 32,760. If several aspect ratios give this number, the function takes the one
+    that is nearest to that of --size. A model that takes no images makes only videos of exactly --size.
     """
     if not spec.takes_images:
         return _exact_geometry(spec, (area_width, area_height), frames)

@@ -112,7 +112,7 @@ class Sparsity:
     def assigned(self, heads: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
         """Returns, for each rank of Ulysses, the numbers of the rank's heads, counted from 0.
 
-        `heads` holds, for each head, the length of the head's lists.
+        `heads` holds, for each head, the length of the head's lists; 0 means that the head is in float8.
         """
         return assigned(self._work(heads), ranks)
 
@@ -124,7 +124,7 @@ class Sparsity:
     def longest(self) -> int:
         """Returns the number of key blocks of the longest list.
 
-        If a layer after the first `dense_layers` is dense, this number is that of all blocks.
+        If a layer after the first `dense_layers` is dense in some band, the result is the number of all blocks.
         """
         return max(max(heads) if heads else self.num_blocks for heads in self._later_layers())
 
@@ -194,7 +194,8 @@ class Sparsity:
     def bands_json(self) -> list[dict[str, Any]]:
         """Returns for each band its first and last step, each layer's mean density, and the number of float8 heads.
 
-        The first `dense_layers` layers have the density 1, and none of their heads counts as a float8 head.
+        The first `dense_layers` layers have the density 1, and none of their heads counts as a float8 head. A band's
+        densities do not include the first `dense_steps` steps, in which all layers are dense.
         """
         ends = [*self.bands[1:], self.num_steps]
         guarded = range(self.dense_layers)

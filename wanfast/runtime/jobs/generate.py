@@ -40,14 +40,16 @@ def run(
     progress: ProgressFn = lambda index, stage, done, total: None,
     frames_of: FrameFileFn,
 ) -> Iterator[tuple[int, Result | FinishFn]]:
-    """Makes the videos of `jobs`, and yields (index, result) of each job when it is done.
+    """Makes the videos of `jobs`; yields (index, result) for a single job, and (index, finish) for each job of a list.
 
     Jobs that another rank group claims are left to that group. For a job without an output file, the frames are
     written into the file `frames_of(index)`.
-    In a list, the files of a video are completed while the next video is made: x264 holds back half of the frames
-    until it has got the last one. So each job of a list yields (index, finish) as soon as its frames are decoded. The
-    leader must call `finish()` once, in any thread: it writes the files, and returns the result or raises WanFastError.
-    This is not done for rank groups that span machines, because each machine needs the result.
+    A single job yields its result when its files are complete. A job of a list yields `finish` as soon as its frames
+    are decoded, so that its files are completed while the next video is made: x264 holds back half of the frames until
+    it has got the last one. The leader must call `finish()` once, in any thread. This call completes the files, and
+    returns the result or raises WanFastError. Two kinds of jobs of a list yield a result and no `finish`: a job that
+    fails before its frames are decoded, whose result is the error, and every job of a rank group that spans several
+    machines, because each machine needs the result.
     """
     is_list = len(jobs) > 1 and jobs[0].config.ranks.nnodes == 1
     work = partial(make_video, frames_of=frames_of, finishes_later=is_list)
@@ -202,7 +204,12 @@ def _plan_of(job: Job, made: list[Made]) -> Plan:
 
 
 def figures_of(made: list[Made]) -> dict[str, Any]:
-    """Returns the figures of the whole video: sums of the clips' seconds, all steps, the largest memory and errors."""
+    """Returns the figures of the whole video, from the figures of its clips.
+
+    The seconds of each stage and the numbers of compiled graphs are added up. The seconds of all steps form one list.
+    Of the peaks of memory, the largest counts. `attention_check` is that of the clip with the largest error. All other
+    figures are those of the first clip.
+    """
     figures, *_ = every = [clip.figures for clip in made]
     stages = dict.fromkeys(stage for each in every for stage in each["seconds"])
     checks = [each["attention_check"] for each in every if each["attention_check"]]

@@ -5,9 +5,10 @@ group loads a job's models, it finds all jobs in its part that use the same mode
 these jobs, and then frees UMT5.
 If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. If
 a job's models cannot be loaded, this job fails, and the next job with these models tries to load them again. After
-MOST_LOADS tries, the rank group's other jobs with these models fail too. With several rank groups, this holds only if a
-file is missing or corrupt. After any other error of loading, the rank group ends, and the other rank groups, which may
-have more memory, run the remaining jobs. All ranks of a rank group run the same jobs in the same order.
+MOST_LOADS tries, the rank group's other jobs with these models fail too. If there are several rank groups, the rank
+group tries again only after an error of a missing or corrupt file. After any other error of loading, the rank group
+ends, and the other rank groups, which may have more memory, run the remaining jobs. All ranks of a rank group run the
+same jobs in the same order.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ WorkFn = Callable[[int, Job, Session, ProgressFn], T]
 def run_jobs(
     work: WorkFn[T], jobs: list[Job], sessions: Sessions, share: Share, progress: ProgressFn
 ) -> Iterator[tuple[int, T | Result]]:
-    """Runs `work` on every job that this rank group claims; yields (index, what `work` returned, or an error) of each.
+    """Runs `work` on every job that this rank group claims; yields (index of the job, result) for each of these jobs.
 
+    The result is what `work` returned. If the job failed, the result is the error as a document {"error", "exit_code"}.
     Jobs with the same models run one after the other, so that models are loaded once.
     """
     groups: dict[ModelsConfig, list[int]] = {}

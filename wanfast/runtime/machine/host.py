@@ -67,7 +67,8 @@ def share_of_cores(ranks: int) -> int:
 def own_threads(dim: int, ranks: int = 1) -> int:
     """Returns how many CPU threads a rank gets if OMP_NUM_THREADS is not set.
 
-    `dim`: the model's width. A small model on one rank gets one thread; otherwise a rank gets its share of the cores.
+    `dim`: the model's width. With a single rank, a model with a width below 1024 gets one thread. In all other cases, a
+    rank gets its share of the cores.
     """
     return 1 if ranks == 1 and dim < _SMALL_DIM else share_of_cores(ranks)
 

@@ -62,7 +62,10 @@ def load_earlier(path: str) -> EarlierVideo:
 
 
 def earlier_frames(path: str) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yields the frames [H, W, 3] of an earlier video. Raises ConfigError, as `load_earlier` does."""
+    """Yields the frames [H, W, 3] of an earlier video, as 8-bit RGB.
+
+    Raises ConfigError for the faults that `load_earlier` lists, except the two faults of the frame rate.
+    """
     subject = f"{OPTION} {path}"
     with _opened(path, subject) as container:
         for frame in _decoded(container, subject):

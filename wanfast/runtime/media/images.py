@@ -1,4 +1,4 @@
-"""Reads and checks the image that a video starts from.
+"""Reads and checks the image that a video starts from, and the image that it ends with.
 
 The parent process calls `load_image` before any GPU is used. This module does not import torch, so that a bad file is
 refused within a second. The error message has one line. Nothing is cropped or resized here (`engine.pixels` does that).

@@ -63,7 +63,10 @@ class HeadOrder(NamedTuple):
         return out
 
     def part(self, part: int, parts: int) -> Tensor:
-        """Returns the numbers of the heads in group number `part`."""
+        """Divides the order into `parts` equal groups, and returns the numbers of the heads in group `part`.
+
+        Groups and heads count from 0.
+        """
         return self.order.chunk(parts)[part]
 
     def restored(self, x_BLHD: Tensor) -> Tensor:

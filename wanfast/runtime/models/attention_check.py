@@ -62,9 +62,9 @@ def errors_by_length(
 ) -> Tensor:
     """Returns each head's relative error [H, E] over the queries `rows_HS`, for lists of blocks with the E `lengths`.
 
-    `order_HNN`: the places of the blocks, from `attention_router.block_order`; a list of n blocks holds the blocks at
-    the places below n. `block`: the number of tokens in a block. Rows are computed in float32, so that the errors
-    contain no rounding.
+    `order_HNN`, from `attention_router.block_order`: for each head and each block of queries, the place of every block
+    of keys in the router's order, counted from 0. A list of n blocks holds the blocks of keys at the places 0 to n-1.
+    `block`: the number of tokens in a block. Rows are computed in float32, so that the errors contain no rounding.
     """
     errors = []
     for head, rows in enumerate(rows_HS):  # one head's scores at a time
