@@ -74,11 +74,17 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def part(self, x: Tensor, part: int, parts: int) -> Tensor:
-        """Divides the output channels into `parts` equal groups, and computes group `part`, counted from 0."""
+        """Returns only the output channels of group `part`: [..., out / parts].
+
+        The output channels are divided into `parts` equal groups, counted from 0.
+        """
         return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
 
     def chosen(self, x: Tensor, groups: Tensor, parts: int) -> Tensor:
-        """Divides the output channels into `parts` equal groups; computes the groups whose numbers are in `groups`."""
+        """Returns only the output channels of the groups whose numbers are in `groups`, in the order of `groups`.
+
+        The output channels are divided into `parts` equal groups, counted from 0.
+        """
         return F.linear(x.to(self.weight.dtype), *(rows_of(each, groups, parts) for each in (self.weight, self.bias)))
 
 
@@ -227,7 +233,7 @@ class _Fp8Projections:
         return k, v
 
     def exact(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns q, k and v of this rank's tokens as they are without float8, each [B, L, H, D]."""
+        """Returns q, k and v of this rank's tokens before the rounding to float8, each [B, L, H, D]."""
         layer, heads = self._layer, self._layer.num_heads
         q, k = (norm(self._product(name), heads, self._rope)[0] for name, norm in self._normed().items())
         return q, k, layer.heads(self._product("v"), heads)

@@ -1,11 +1,11 @@
-"""Each function here is one pass: it fuses elementwise steps and norms between matrix products and attention.
+"""Each function here fuses the elementwise steps and norms that lie between matrix products and attention.
 
-A pass computes in float32, whatever the dtypes of its inputs and outputs. These steps are memory-bound. Most of their
-bytes belong to the residual stream: [L, d] in float32, 1.5 GB at 75,600 tokens. Each function has a formula in plain
-PyTorch and a Triton kernel in `fused_kernels`. The kernel reads and writes each value once. (Inductor's code for the
-formula computes the residual stream again for each consumer, and reads each RoPE pair twice.) The kernels run for
-inference on a GPU. In all other cases the formulas run. The tests compare kernels with formulas. `linear_gelu` has a
-kernel of cuBLAS instead of a Triton kernel.
+Each function is one pass over its input. A pass computes in float32, whatever the dtypes of its inputs and outputs. The
+fused steps are memory-bound. Most of their bytes belong to the residual stream: [L, d] in float32, 1.5 GB at 75,600
+tokens. Each function has a formula in plain PyTorch and a Triton kernel in `fused_kernels`. The kernel reads and writes
+each value once. (Inductor's code for the formula computes the residual stream again for each consumer, and reads each
+RoPE pair twice.) The kernels run for inference on a GPU. In all other cases the formulas run. The tests compare kernels
+with formulas. `linear_gelu` has a kernel of cuBLAS instead of a Triton kernel.
 
 If the next matrix product multiplies 8-bit values, the pass also quantizes each token with a scale of its own. Such a
 pass writes half as many bytes as in bf16, and rounds only once, from float32.

@@ -36,6 +36,9 @@ def packed(x: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor, groups: Tensor, parts: int) -> Tensor:
-    """Divides the rows of x into `parts` equal groups; returns a copy of the groups whose numbers are in `groups`."""
+    """Returns a copy of the rows of x in the groups whose numbers are in `groups`, in the order of `groups`.
+
+    The rows of x are divided into `parts` equal groups, counted from 0.
+    """
     values = x.view(torch.uint8) if x.dtype in LARGEST else x  # torch does not index float8 everywhere
     return values.view(parts, -1, *x.shape[1:])[groups].flatten(0, 1).view(x.dtype)

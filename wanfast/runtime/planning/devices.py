@@ -64,7 +64,7 @@ def require_capable(models: ModelsConfig, device: Device) -> None:
 
 
 def require_attention_of(plan: Plan) -> None:
-    """Raises ConfigError if the plan's device cannot run its attention, for example because a package is missing."""
+    """Raises ConfigError if the plan's device cannot run the plan's attention, for example if a package is missing."""
     models, device = plan.config.models, plan.config.ranks.device
     require_attention(models.attention, device)
     if plan.sparsity and plan.sparsity.has_fp8:

@@ -59,8 +59,9 @@ class Plan:
     ) -> Plan:
         """Derives a plan from a config, a model and the (width, height) of the image.
 
-        `config` is an effective config, such as `effective` returns. `curve` holds MagCache's ratios, or is None
-        without MagCache. `densities` holds the densities of a plan of attention, or is None without such a plan.
+        `config`: the options with all defaults filled in, as `completed.effective` returns them. `curve` holds
+        MagCache's ratios, or is None without MagCache. `densities` holds the densities of a plan of attention, or is
+        None without such a plan.
         """
         video = config.video
         levels = levels_of(video)
