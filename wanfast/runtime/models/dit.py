@@ -408,7 +408,8 @@ class WanDiT(nn.Module):
         """Returns (flow velocity [B, C, T, h, w], residual [B, L, d] or None), both in float32.
 
         The residual is the sum that the blocks add to this rank's tokens.
-        latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded frames), or no channels;
+        latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded frames), or
+        [B, 0, T, h, w] if the model takes no images;
         timestep: [B] in 0..1000; text: from `encode_text`; rope: the rotary tables of the whole token grid.
         after_block: a function that is called with a block's index, as soon as the kernels of this block are queued.
         The function may overwrite the weights of this block.

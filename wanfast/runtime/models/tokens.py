@@ -17,7 +17,7 @@ LARGEST = {torch.int8: 127.0, FP8: 448.0}  # the largest value of each 8-bit dty
 class QuantizedTokens(NamedTuple):
     """Represents tokens as 8-bit values times a scale; each token has its own scale.
 
-    The scale maps the token's largest |value| to the largest number of the 8-bit dtype.
+    The scale is the token's largest |value|, divided by the largest number of the 8-bit dtype.
     """
 
     values: Tensor  # [..., L, d], int8 or float8

@@ -49,7 +49,10 @@ def num_gpus_of(asked_for: int | Literal["auto"], device: Device, *, asked: bool
 
 
 def why_cpu(*, asked: bool) -> str:
-    """Returns the reason why a request is planned for the CPU, or "" if the user asked for the CPU."""
+    """Returns the end of an error message: in parentheses, the reason why a request is planned for the CPU.
+
+    `asked`: whether the user gave --device. If so, returns "", because the user knows the reason.
+    """
     return "" if asked else " (no GPU was found, so the plan is for the CPU; --device cuda plans for GPUs)"
 
 

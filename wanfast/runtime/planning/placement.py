@@ -242,7 +242,10 @@ def _place_experts(
         (config.ranks.expert_offload, "--expert-offload", "offloaded"),
     ):
         if asked == "on" and mode in barred:
-            raise ConfigError(f"{option} on: {barred[mode]}{why_cpu(asked=asked_cpu) if on_cpu else ''}")
+            raise ConfigError(
+                f"{option} on: {barred[mode]}{why_cpu(asked=asked_cpu) if on_cpu else ''}; drop {option}, so that "
+                "wanfast chooses the placement"
+            )
         if asked == "on" and (held[mode] <= free or not on_cpu):
             return mode, f"experts {mode} as asked: {gb(held[mode])}", ()
         if asked == "on":

@@ -187,7 +187,7 @@ class Plan:
         return (*known, *[(1.0, 1.0)] * (len(self.schedule) - len(known)))
 
     def residuals(self) -> ResidualCache:
-        """Returns an empty cache that follows the plan's skips."""
+        """Returns an empty cache for MagCache's residuals; the cache follows the plan's skips."""
         alike = zip(self.experts, self.guided, strict=True)  # between unlike steps, the ranks may regroup
         levels = [(kind, step.sigma) for kind, step in zip(alike, self.schedule, strict=True)]
         return ResidualCache(self.skips, levels if _extrapolates(self.config) else None)
