@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def main(run_folder: Path, number: int) -> int:
-    """Runs rank group `number` and returns its exit code: 0, 5 if a rank failed, or 128 + the number of a signal.
+    """Runs rank group `number` and returns its exit code: 0, 5 if a rank failed, or 128 + the signal that ended it.
 
     The ranks are forks of this process. In this process, the function waits for the ranks. In each fork, the function
     runs the worker and returns 0.

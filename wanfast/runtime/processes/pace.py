@@ -79,7 +79,7 @@ def works(run_folder: Path, number: int, launcher: int, *, on_cpu: bool) -> Work
     """Returns what rank group `number` did so far on this machine, rank by rank.
 
     If the group has no rank yet, returns what the launcher did so far.
-    `launcher`: the launcher's process id.
+    `launcher`: the launcher's process id. `on_cpu`: whether the ranks compute on the CPU, so that CPU time counts.
     """
     pids = {int(file.read_text()): file for file in (run_folder / RANKS).glob(f"{number}-*/pid")}
     ranks = {pid: Work.of(pid, (file, file.with_name(PROGRESS)), on_cpu=on_cpu) for pid, file in pids.items()}

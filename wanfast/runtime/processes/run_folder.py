@@ -58,5 +58,5 @@ def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
 
 
 def write_result(run_folder: Path, index: int, result: dict[str, Any]) -> None:
-    """Writes the result of one job into the run folder."""
+    """Writes the result of job `index` into the run folder. Raises ConfigError if the file cannot be written."""
     replace_text(result_file(run_folder, index), json.dumps(result, indent=2, ensure_ascii=False) + "\n")

@@ -60,7 +60,7 @@ def main(run_folder: Path, number: int) -> None:
     replace_text(own_folder / "pid", str(os.getpid()))
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Writes the error, and only then ends the process.
+        """Writes the error into the run folder, and only then ends this process with code 1.
 
         So this error is older than the errors that the end of this process causes in its peers.
         """
