@@ -340,7 +340,7 @@ class Head(nn.Module):
         """Returns (the velocity as patches [B, L, p], the residual stream [B, L, d]).
 
         p is the number of values in one patch. The residual stream is the sum stream.x + stream.gate * stream.added.
-        The head uses plain PyTorch. It runs only once in a forward, so compiling a kernel would not pay off.
+        The head uses plain PyTorch, because the head runs only once in a forward: compiling a kernel would not pay off.
         """
         shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
         x = stream.x + stream.gate * stream.added

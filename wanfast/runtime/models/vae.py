@@ -48,7 +48,7 @@ class Rows(Protocol):
     def halo(self) -> int:
         """Returns how many rows of another rank a convolution needs on each side of a rank's own rows.
 
-        The number is 1: one row above and one row below. It is 0 if one rank has all rows.
+        The number is 1 (one row above and one row below), or 0 if one rank has all rows.
         """
         ...
 

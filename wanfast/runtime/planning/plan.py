@@ -103,8 +103,8 @@ class Plan:
     def joining_bytes(self) -> int:
         """Returns the size, in bytes of host memory, of the array that holds all frames of joined clips.
 
-        A handle returns this array to its caller. The size is 0 if nothing is joined. It is also 0 if the video is
-        written to an .mp4, because then no array holds all frames.
+        A handle returns this array to its caller. The size is 0 if nothing is joined. The size is also 0 if the video
+        is written to an .mp4, because then no array holds all frames.
         """
         video = self.config.video
         is_joined = video.continue_from or len(video.prompts) > 1

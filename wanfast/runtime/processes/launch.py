@@ -137,7 +137,7 @@ class RankGroups:
         complete, that job is done again. Then the group is started again for the remaining jobs, except in these cases:
         * the group died while it loaded models, and other groups live;
         * the group spans several machines;
-        * two groups, one after the other, died at the same place before they claimed a job.
+        * neither the group nor the group that it replaced claimed a job before it died.
         If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a callback raises an Exception, the
         jobs end and that exception is raised. In both cases the ranks keep running. Any other exception, such as
         KeyboardInterrupt, ends all ranks immediately. In all cases, no half-written file is left.

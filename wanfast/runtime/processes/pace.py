@@ -12,7 +12,8 @@ time counts as work too. On a GPU, CPU time does not count, because a host threa
 for its GPU. So a healthy rank on a GPU may show no work during a long computation. Therefore the time limit on a GPU is
 at least 600 s. Steps whose time is known are an exception, on a CPU too: the limit of such a step is at least ten times
 the slowest earlier step.
-A rank that waits for others in gloo shows no work: it uses 0.3 % of a core. This was not measured for NCCL's threads.
+A rank that waits for others in gloo shows no work: it uses 0.3 % of a core. How much NCCL's threads use while a rank
+waits was not measured.
 Three kinds of hangs are not found. The first is an endless loop on a CPU. The second is a process that reads, writes or
 touches memory for ever. The third is a launcher that stops after it has formed its rank group but before the first
 rank has started.
