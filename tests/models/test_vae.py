@@ -228,7 +228,7 @@ def test_a_clip_off_the_grid_is_refused(vae: WanVAE, shape: tuple[int, int, int]
 
 def test_a_chunk_off_the_grid_is_refused(vae: WanVAE) -> None:
     _, past = vae.encode_chunk(video_of(1, 16, 16), None)
-    with pytest.raises(ValueError, match="first chunk has 1"):
+    with pytest.raises(ValueError, match="first chunk must have 1 frame"):
         vae.encode_chunk(video_of(5, 16, 16), None)
     with pytest.raises(ValueError, match="multiple of 4"):
         vae.encode_chunk(video_of(3, 16, 16), past)

@@ -205,6 +205,7 @@ def test_a_host_too_small_for_the_idle_expert_is_said(wanfast: Wanfast, machine:
     assert "43.4 GB (offloaded: needs 63.7 GB of host memory, but only 40.0 GB are free), but only 48.0" in outcome.err
     outcome = wanfast(*A14B_DRY, "--expert-offload", "on")
     assert outcome.exit_code == 2 and "--expert-offload on: needs 63.7 GB of host memory" in outcome.err
+    assert "; drop --expert-offload, so that wanfast chooses the placement" in outcome.err
     machine(8, 48, host_gb=400)  # one rank per video: each of eight would pin both experts
     lines = "\n".join(["{}"] * 8)
     Path("jobs.jsonl").write_text(lines)

@@ -151,7 +151,7 @@ def test_weights_are_compared_with_those_of_the_command(workdir: Path) -> None:
     group = RemoteGroup(None)
     assert group.check([(document, fingerprints)]) is None
     error = from_failure(group.check([(document, {**fingerprints, "vae": "other"})]) or {})
-    assert "--model tiny: the weights differ" in str(error) and error.exit_code == 2
+    assert "--model tiny: the weights on a machine of the cluster differ" in str(error) and error.exit_code == 2
 
 
 def test_the_threads_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

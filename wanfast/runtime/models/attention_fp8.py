@@ -42,7 +42,9 @@ _TINIEST = 1e-12  # so that a head of zeros has a scale
 class Fp8Heads(NamedTuple):
     """Holds the queries, keys and values of some heads in float8.
 
-    To convert them back, multiply by `scales`; for v, then add `v_centre`.
+    Times the scale of its head, a number is again the value that was rounded to float8. Before the rounding, a constant
+    of each head was subtracted from k and from v. Only the constant of v must be added to the output of attention; this
+    constant is `v_centre`.
     """
 
     q: Tensor  # [B, L, H, D]
@@ -60,7 +62,7 @@ class Scaling(NamedTuple):
     v_centre: Tensor  # [H, D]
 
     def of_heads(self, first: int, count: int) -> Scaling:
-        """Returns the scaling of only `count` heads, from head `first` on, counted from 0."""
+        """Returns the scaling of `count` heads only, from head `first` on; heads count from 0."""
         heads = slice(first, first + count)
         return Scaling(self.scales[:, heads], self.k_centre[heads], self.v_centre[heads])
 
@@ -78,9 +80,10 @@ def sampled_rows(first: int, count: int, num_tokens: int) -> slice:
 def statistics(k_SHD: Tensor, v_BLd: Tensor, rows: slice) -> Tensor:
     """Returns [5, d] float64: sums of k and v over sampled tokens, the number of these tokens, and v's extremes.
 
-    The extremes are the least and the largest v over all tokens of this rank. `k_SHD` holds the sampled tokens' keys,
-    after norm and rotary embedding; `rows` are the places of the sampled tokens in `v_BLd`. A float64 holds the sums of
-    these bf16 values exactly, so that neither the order of the summands nor the number of ranks changes a sum.
+    Each of the five rows has one value for each of the d channels. The extremes are the least and the largest v over
+    all tokens of this rank. `k_SHD` holds the sampled tokens' keys, after norm and rotary embedding; `rows` are the
+    places of the sampled tokens in `v_BLd`. A float64 holds the sums of these bf16 values exactly, so that neither the
+    order of the summands nor the number of ranks changes a sum.
     """
     v_Ld = v_BLd[0]
     found = v_Ld.new_empty(5, v_Ld.shape[1], dtype=torch.float64)
@@ -121,7 +124,7 @@ def largest_norms(weights: tuple[Tensor, Tensor], num_heads: int) -> Tensor:
 
 
 def scale_of(limits: Tensor) -> Tensor:
-    """Returns the scales that map the largest possible |values| to the largest number of float8."""
+    """Returns the scales by which values are divided, so that all values up to +-`limits` fit into float8."""
     return limits.clamp_min(_TINIEST) / LARGEST[FP8]
 
 
@@ -181,7 +184,9 @@ def _descales(heads: Fp8Heads) -> dict[str, Tensor]:
 
 
 def emulated(heads: Fp8Heads) -> Tensor:
-    """Emulates FlashAttention-3 on a Hopper GPU; returns its float32 output [B, L, H, D], without v's centre.
+    """Emulates on any device what FlashAttention-3 computes on a Hopper GPU: [B, L, H, D] in float32.
+
+    The caller must still add `v_centre` to the result.
 
     The exponentials P of the scores are rounded to float8. The sums of P V lose bits, as on a tensor core: in a long
     row, each product is much smaller than the sum so far, and its low bits are cut off. If all values of v have a

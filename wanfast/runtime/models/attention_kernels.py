@@ -56,7 +56,10 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fa4(q: Tensor, k: Tensor, v: Tensor, **named: object) -> Tensor:
-    """Computes attention by FlashAttention-4; `named` holds further arguments for `flash_attn_func`."""
+    """Computes attention by FlashAttention-4; `named` holds further arguments for `flash_attn_func`.
+
+    Raises RuntimeError if FlashAttention-4 cannot compile its kernel.
+    """
     from cutlass.base_dsl.common import DSLBaseError
     from flash_attn.cute import flash_attn_func
 

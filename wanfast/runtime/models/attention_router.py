@@ -7,8 +7,8 @@ equal scores, the block with the smaller index comes first. Each list also has t
 and the blocks of the latent frames that hold given images: the first frame, and in some videos the last one.
 On a GPU, a Triton kernel computes the scores of all heads; in all other cases, plain PyTorch does, a head at a time.
 Cost: 16 / block^2 of the products of dense attention, and a sort. Memory at 75,600 tokens and 40 heads: 0.3 GB while
-the scores are sorted; the result of attention takes 0.8 GB in bf16. Limit: the choice is only an estimate;
-`attention_check` measures the error of the result.
+the scores are sorted. (For comparison, the result of attention takes 0.8 GB in bf16.) Limit: the choice is only an
+estimate; `attention_check` measures the error of the result.
 
 Shapes: B batch, L tokens, H heads, D head dim, N blocks, W entries of the longest list, S quarters of blocks.
 """
@@ -37,11 +37,12 @@ def block_lists(
     """Returns lists of `listed[head]` blocks of keys, one list for each head and each block of queries.
 
     The tokens must be in brick order, and q and k have the same number of tokens. `block` is the number of tokens in a
-    block, a multiple of 4. The first `first_blocks` and the last `last_blocks` blocks are in every list. Raises
-    ValueError if a list would be empty.
+    block, a multiple of 4. Three kinds of blocks come first into each list: the first `first_blocks` blocks, the last
+    `last_blocks` blocks, and the block of the queries themselves. The blocks with the largest scores fill the rest.
+    Raises ValueError if a number in `listed` is below 1.
     """
     if min(listed) < 1:
-        raise ValueError("a block of queries has no block of keys")
+        raise ValueError("a list has no block of keys: list at least 1 block for each head")
     order = _in_order(choice_scores(q_BLHD, k_BLHD, block, first_blocks, last_blocks))[..., : max(listed)]
     counts = torch.tensor(listed, dtype=torch.int32).to(order.device, non_blocking=True)[:, None]  # the host goes on
     behind = torch.arange(max(listed), device=order.device) >= counts[..., None]  # the end of a shorter list
@@ -50,10 +51,11 @@ def block_lists(
 
 
 def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int, last_blocks: int = 0) -> Tensor:
-    """Returns each key block's place in the order of scores, the largest score first, as int16 [H, N, N].
+    """Returns the place of each block of keys if the blocks are sorted by score, as int16 [H, N, N].
 
-    There is one order for each head and each block of queries. A list of n blocks holds the blocks at the places 0 to
-    n-1. The batch size of q and k must be 1. `block`, `first_blocks` and `last_blocks` are those of `block_lists`.
+    The block with the largest score has place 0. There is one order for each head and each block of queries. A list of
+    n blocks holds the blocks at the places 0 to n-1. The batch size of q and k must be 1. `block`, `first_blocks` and
+    `last_blocks` mean what they mean in `block_lists`.
     """
     scores = choice_scores(q_BLHD, k_BLHD, block, first_blocks, last_blocks)[0]
     return torch.stack([_in_order(of_head).argsort().short() for of_head in scores])
@@ -84,7 +86,8 @@ def choice_scores(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int,
 def block_scores(q_BLD: Tensor, k_BLD: Tensor, block: int) -> Tensor:
     """Returns a score for each pair of a block of queries and a block of keys, [B, N, N] in float32.
 
-    The score estimates the log of the keys' share in the softmax of the queries.
+    The score estimates the log of the share that the keys have in the softmax of the queries, plus a constant. For
+    one block of queries, the constant is the same for all blocks of keys. So the constant does not change their order.
     """
     part = block // _PARTS
     q, k = _means(q_BLD, part), _means(k_BLD, part)

@@ -34,14 +34,14 @@ def block_sparse_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists
     read the lengths of the lists, the host waits for the GPU.
     """
     if not bool((lists.counts > 0).all()):
-        raise ValueError("a block of queries has no block of keys")
+        raise ValueError("a list has no block of keys: list at least 1 block for each block of queries")
     return listed_attention(q_BLHD, k_BLHD, v_BLHD, lists, block)
 
 
 def listed_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
-    """Computes `block_sparse_attention` for lists of which none is empty, such as those of the router.
+    """Computes `block_sparse_attention` without the check of the lists, so that the host does not wait for the GPU.
 
-    Nothing is checked, so that the host does not wait for the GPU.
+    No list may be empty. The router's lists are never empty.
     """
     return (_by_fa4 if q_BLHD.is_cuda else emulated)(q_BLHD, k_BLHD, v_BLHD, lists, block)
 
@@ -62,8 +62,9 @@ def _by_fa4(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, block: int) -> T
 def emulated(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
     """Computes `block_sparse_attention` in plain PyTorch, on any device and in any dtype; no list may be empty.
 
-    Heads whose longest lists have equal lengths are computed together. So the bits of a head do not depend on the
-    lists of the other heads.
+    Two heads are computed together only if their longest lists have the same length. Otherwise the shorter lists would
+    be padded to the longest list, and padding may change the last bits of a result. So no bit of a head's result
+    depends on the lists of the other heads.
     """
     out, longest = torch.empty_like(q_BLHD), lists.counts.amax((0, 2))
     for count in set(longest.tolist()):

@@ -1,7 +1,7 @@
 """This module orders a video's tokens in bricks, so that neighbours in time and space become neighbours in memory.
 
 In raster order, 128 successive tokens are a strip of one frame. In brick order, they are a box of 2 x 8 x 8 tokens. The
-tokens of such a box need almost the same keys. So sparse attention can choose or drop all tokens of a block together.
+tokens of such a box need almost the same keys. So sparse attention can choose or drop all tokens of a box together.
 The order is an exact permutation, so that dense attention gives the same result in both orders, except for the rounding
 of sums.
 The first latent frame holds the given image, and forms bricks of its own. For example, 21 frames form one layer of

@@ -74,11 +74,17 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def part(self, x: Tensor, part: int, parts: int) -> Tensor:
-        """Divides the output channels into `parts` equal groups, and computes group `part`, counted from 0."""
+        """Returns only the output channels of group `part`: [..., out / parts].
+
+        The output channels are divided into `parts` equal groups, counted from 0.
+        """
         return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
 
     def chosen(self, x: Tensor, groups: Tensor, parts: int) -> Tensor:
-        """Divides the output channels into `parts` equal groups; computes the groups whose numbers are in `groups`."""
+        """Returns only the output channels of the groups whose numbers are in `groups`, in the order of `groups`.
+
+        The output channels are divided into `parts` equal groups, counted from 0.
+        """
         return F.linear(x.to(self.weight.dtype), *(rows_of(each, groups, parts) for each in (self.weight, self.bias)))
 
 
@@ -227,7 +233,7 @@ class _Fp8Projections:
         return k, v
 
     def exact(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns q, k and v of this rank's tokens as they are without float8, each [B, L, H, D]."""
+        """Returns q, k and v of this rank's tokens before the rounding to float8, each [B, L, H, D]."""
         layer, heads = self._layer, self._layer.num_heads
         q, k = (norm(self._product(name), heads, self._rope)[0] for name, norm in self._normed().items())
         return q, k, layer.heads(self._product("v"), heads)
@@ -334,7 +340,7 @@ class Head(nn.Module):
         """Returns (the velocity as patches [B, L, p], the residual stream [B, L, d]).
 
         p is the number of values in one patch. The residual stream is the sum stream.x + stream.gate * stream.added.
-        The head uses plain PyTorch. It runs only once in a forward, so compiling a kernel would not pay off.
+        The head uses plain PyTorch, because the head runs only once in a forward: compiling a kernel would not pay off.
         """
         shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
         x = stream.x + stream.gate * stream.added
@@ -402,7 +408,8 @@ class WanDiT(nn.Module):
         """Returns (flow velocity [B, C, T, h, w], residual [B, L, d] or None), both in float32.
 
         The residual is the sum that the blocks add to this rank's tokens.
-        latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded frames), or no channels;
+        latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded frames), or
+        [B, 0, T, h, w] if the model takes no images;
         timestep: [B] in 0..1000; text: from `encode_text`; rope: the rotary tables of the whole token grid.
         after_block: a function that is called with a block's index, as soon as the kernels of this block are queued.
         The function may overwrite the weights of this block.

@@ -1,11 +1,11 @@
-"""Each function here is one pass: it fuses elementwise steps and norms between matrix products and attention.
+"""Each function here fuses the elementwise steps and norms that lie between matrix products and attention.
 
-A pass computes in float32, whatever the dtypes of its inputs and outputs. These steps are memory-bound. Most of their
-bytes belong to the residual stream: [L, d] in float32, 1.5 GB at 75,600 tokens. Each function has a formula in plain
-PyTorch and a Triton kernel in `fused_kernels`. The kernel reads and writes each value once. (Inductor's code for the
-formula computes the residual stream again for each consumer, and reads each RoPE pair twice.) The kernels run for
-inference on a GPU. In all other cases the formulas run. The tests compare kernels with formulas. `linear_gelu` has a
-kernel of cuBLAS instead of a Triton kernel.
+Each function is one pass over its input. A pass computes in float32, whatever the dtypes of its inputs and outputs. The
+fused steps are memory-bound. Most of their bytes belong to the residual stream: [L, d] in float32, 1.5 GB at 75,600
+tokens. Each function has a formula in plain PyTorch and a Triton kernel in `fused_kernels`. The kernel reads and writes
+each value once. (Inductor's code for the formula computes the residual stream again for each consumer, and reads each
+RoPE pair twice.) The kernels run for inference on a GPU. In all other cases the formulas run. The tests compare kernels
+with formulas. `linear_gelu` has a kernel of cuBLAS instead of a Triton kernel.
 
 If the next matrix product multiplies 8-bit values, the pass also quantizes each token with a scale of its own. Such a
 pass writes half as many bytes as in bf16, and rounds only once, from float32.
@@ -51,8 +51,8 @@ def add_layer_norm(
 def quantize_tokens(x_BLd: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedTokens:
     """Quantizes x, or gelu(x) if `gelu` is true, to the 8-bit `dtype`.
 
-    GELU is computed in its tanh approximation. Each token has a scale, which maps the token's largest |value| to the
-    largest number of `dtype`.
+    GELU is computed in its tanh approximation. Each token is divided by its own scale: the token's largest |value|,
+    divided by the largest number of `dtype`.
     """
     if _by_kernel(x_BLd):
         return QuantizedTokens(*fused_kernels.quantize_tokens(x_BLd, dtype, gelu))
@@ -98,9 +98,9 @@ def heads_to_fp8(
     hadamard: bool = False,
     parts: int = 1,
 ) -> Tensor:
-    """Returns x in float8 (e4m3), with one scale for each head; the heads are divided into `parts` equal groups.
+    """Returns each head of x, divided by the head's scale, in float8 (e4m3); the heads form `parts` equal groups.
 
-    Up to four steps come before the rounding, each only if its argument asks for it: RMS norm over all heads together,
+    Up to four steps come before this division, each only if its argument asks for it: RMS norm over all heads together,
     with the weight and epsilon of `norm`; rotation by `rope`; multiplication by a Hadamard matrix (`hadamard`);
     subtraction of `centre_HD`.
     The result is [parts, B, L, H / parts, D]. The kernel reads x once and writes only float8.

@@ -1,4 +1,4 @@
-"""Says whether Triton kernels can be imported: torch is a CUDA build, and Triton is installed.
+"""Says whether Triton kernels can be imported: only if torch is a CUDA build and Triton is installed.
 
 The machine may still lack a GPU, so callers also check the device of their tensors.
 """

@@ -17,16 +17,16 @@ from wanfast.runtime.models.operators import opaque
 
 
 class Running(Protocol):
-    """This interface computes and checks the self-attention of the layer that runs."""
+    """This interface computes the self-attention of the layer that runs, and measures the error of the result."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns the attention [B, L, H, D] of the queries q to the keys k; v are the values."""
         ...
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """Returns each head's relative error [H]; all arguments are [B, L, H, D].
+        """Returns the relative error [H] of each head, compared with exact attention.
 
-        `out` is the attention of this rank's tokens.
+        All arguments are [B, L, H, D] and belong to this rank's tokens. `out` is the attention whose error is measured.
         """
         ...
 
@@ -35,7 +35,10 @@ _running: Running | None = None  # a process makes one video at a time
 
 
 def run(lossy: Running | None) -> None:
-    """Makes the operators call `lossy` from now on; after a video, `lossy` is None, so that the models can be freed."""
+    """Makes the operators of this module call `lossy` from now on.
+
+    After a video, call `run(None)`, so that this module no longer refers to the models, and the models can be freed.
+    """
     global _running
     _running = lossy
 

@@ -13,7 +13,7 @@ Fn = TypeVar("Fn", bound=Callable[..., Tensor | None])
 
 
 def opaque(name: str, shape: Callable[..., Tensor | None], *, mutates: tuple[str, ...] = ()) -> Callable[[Fn], Fn]:
-    """Returns a decorator that registers a function of tensors as torch's operator `name`.
+    """Returns a decorator that registers a function of tensors as a new operator of torch, with the name `name`.
 
     `shape` takes the function's arguments, and returns an empty tensor with the shape and dtype of the function's
     output. If the function has no output, `shape` returns None. `mutates` names the arguments into which the function

@@ -53,11 +53,17 @@ class QuantizedLinear(nn.Module):
         return self._outputs(x, self.weight, self.scale, self.bias)
 
     def part(self, x: Tokens, part: int, parts: int) -> Tokens:
-        """Divides the output channels into `parts` equal groups, and computes group `part`, counted from 0."""
+        """Returns only the output channels of group `part`: [..., out / parts].
+
+        The output channels are divided into `parts` equal groups, counted from 0.
+        """
         return self._outputs(x, *(each.chunk(parts)[part] for each in (self.weight, self.scale, self.bias)))
 
     def chosen(self, x: Tokens, groups: Tensor, parts: int) -> Tokens:
-        """Divides the output channels into `parts` equal groups; computes the groups whose numbers are in `groups`."""
+        """Returns only the output channels of the groups whose numbers are in `groups`, in the order of `groups`.
+
+        The output channels are divided into `parts` equal groups, counted from 0.
+        """
         return self._outputs(x, *(rows_of(each, groups, parts) for each in (self.weight, self.scale, self.bias)))
 
     def _outputs(self, x: Tokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tokens:

@@ -17,7 +17,7 @@ LARGEST = {torch.int8: 127.0, FP8: 448.0}  # the largest value of each 8-bit dty
 class QuantizedTokens(NamedTuple):
     """Represents tokens as 8-bit values times a scale; each token has its own scale.
 
-    The scale maps the token's largest |value| to the largest number of the 8-bit dtype.
+    The scale is the token's largest |value|, divided by the largest number of the 8-bit dtype.
     """
 
     values: Tensor  # [..., L, d], int8 or float8
@@ -36,6 +36,9 @@ def packed(x: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor, groups: Tensor, parts: int) -> Tensor:
-    """Divides the rows of x into `parts` equal groups; returns a copy of the groups whose numbers are in `groups`."""
+    """Returns a copy of the rows of x in the groups whose numbers are in `groups`, in the order of `groups`.
+
+    The rows of x are divided into `parts` equal groups, counted from 0.
+    """
     values = x.view(torch.uint8) if x.dtype in LARGEST else x  # torch does not index float8 everywhere
     return values.view(parts, -1, *x.shape[1:])[groups].flatten(0, 1).view(x.dtype)

@@ -7,8 +7,8 @@ Absolute positions play no role. So a prompt gives the same vectors without padd
 in T5, each block learns its own bias table.
 
 Cost: XXL has 5.68 G parameters, 11.4 GB in bf16. A forward takes 9 GFLOP a token, so reading the weights dominates.
-Limit: the attention scores are materialised. They take O(B H L^2) bytes, which is little, because prompts have L <=
-512.
+Limit: the attention scores are materialised. The scores take O(B H L^2) bytes: little memory, because prompts have
+L <= 512.
 In bf16, only RMS and softmax are computed in fp32. The order of operations is the reference's, except that GELU is
 fused. Two bf16 implementations differ by a few per cent, so equality with the reference is tested in fp32.
 

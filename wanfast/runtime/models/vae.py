@@ -48,7 +48,7 @@ class Rows(Protocol):
     def halo(self) -> int:
         """Returns how many rows of another rank a convolution needs on each side of a rank's own rows.
 
-        The number is 1: one row above and one row below. It is 0 if one rank has all rows.
+        The number is 1 (one row above and one row below), or 0 if one rank has all rows.
         """
         ...
 
@@ -76,18 +76,22 @@ class Rows(Protocol):
         ...
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Returns the rows of all ranks, joined along `dim`; each rank that has rows must call this."""
+        """Returns the rows of all ranks, joined along `dim`; each rank that has rows must call this method."""
         ...
 
     def collect(self, x: Tensor, dim: int) -> Tensor | None:
-        """Returns the rows of all ranks, joined along `dim`, if this rank is the leader; otherwise returns None."""
+        """Returns the rows of all ranks, joined along `dim`, if this rank is the leader; otherwise returns None.
+
+        Each rank that has rows must call this method, because the other ranks send their rows to the leader.
+        """
         ...
 
     def missed(self, device: str) -> Rows | None:
-        """Returns an object for a rank that ran out of memory; returns None if no other rank waits for this rank.
+        """Returns a `Rows` with which a rank that ran out of memory completes the exchanges that its peers wait for.
 
-        The rank repeats its work on the meta device with this object, which leaves out the exchanges that are done
-        already. In each later exchange, the object sends zeros that lie on `device`.
+        The rank repeats its work on the meta device with the returned object. This object leaves out the exchanges that
+        are done already. In each later exchange, it sends zeros that lie on `device`.
+        Returns None if no other rank waits for this rank.
         """
         ...
 
@@ -153,8 +157,8 @@ class WanVAE(nn.Module):
         stride = self.spec.spatial_stride
         if frames % self.spec.temporal_stride != 1 or height % stride or width % stride:
             raise ValueError(
-                f"video of {frames} frames, {height}x{width}: frames must be {self.spec.temporal_stride}n+1, "
-                f"height and width multiples of {stride}"
+                f"a video of {frames} frames, {height}x{width} (height x width): the number of frames must be "
+                f"{self.spec.temporal_stride}n+1, and height and width must be multiples of {stride}"
             )
         queue = _start(self.encoder)
         chunks = torch.split(video, [1] + [self.spec.temporal_stride] * (frames // self.spec.temporal_stride), dim=2)
@@ -190,7 +194,10 @@ class WanVAE(nn.Module):
         frames, stride = video.shape[2], self.spec.temporal_stride
         fits = frames == 1 if past is None else frames % stride == 0
         if not fits:
-            raise ValueError(f"a chunk of {frames} frames: the first chunk has 1, the others a multiple of {stride}")
+            raise ValueError(
+                f"a chunk of {frames} frames: the first chunk must have 1 frame, and the number of frames in every "
+                f"later chunk must be a multiple of {stride}"
+            )
         queue = _start(self.encoder) if past is None else deque(past)
         return self._encode(video, queue, WHOLE_FRAME), list(queue)
 
@@ -291,7 +298,8 @@ class _Repeats:
     def start(self, x: Tensor) -> tuple[Tensor, int]:
         """Begins the next chunk; returns (the input of the first layer that must run, the number of layers before it).
 
-        At first all layers must run, and this input is x. Later it is the held output of the layers that repeat.
+        At first all layers must run, and this input is x. Later, this input is the held output of the layers that
+        repeat.
         """
         self._chunk += 1
         return (x, 0) if self._kept is None else (self._kept, self._layers(self._chunk))

@@ -1,6 +1,6 @@
 """This package decides what will run, before anything starts.
 
-The options of a video take this path through its modules:
+The options of a video take this path through the modules of this package:
 
     request_files     the command line, --from and the lines of --jobs become requests
     requests          plans each request, and places all plans together

@@ -37,8 +37,10 @@ def effective(
     last_image_sha256: str = "",
     earlier: EarlierFacts | None = None,
 ) -> EffectiveConfig:
-    """Completes the given options with the model's defaults; `place` decides the ranks later.
+    """Adds to the given options the values of the model, its files and this machine; `place` decides the ranks later.
 
+    `image_sha256`, `last_image_sha256`: the hash of each image, "" for no image. `earlier`: what is known about the
+    video that this video continues; None if it continues no video.
     Raises ConfigError if an option does not fit the other options, the model, the device or the earlier video.
     """
     device = given.get("device") or default_device()

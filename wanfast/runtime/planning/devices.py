@@ -49,7 +49,10 @@ def num_gpus_of(asked_for: int | Literal["auto"], device: Device, *, asked: bool
 
 
 def why_cpu(*, asked: bool) -> str:
-    """Returns the reason why a request is planned for the CPU, or "" if the user asked for the CPU."""
+    """Returns the end of an error message: in parentheses, the reason why a request is planned for the CPU.
+
+    `asked`: whether the user gave --device. If so, returns "", because the user knows the reason.
+    """
     return "" if asked else " (no GPU was found, so the plan is for the CPU; --device cuda plans for GPUs)"
 
 
@@ -64,7 +67,7 @@ def require_capable(models: ModelsConfig, device: Device) -> None:
 
 
 def require_attention_of(plan: Plan) -> None:
-    """Raises ConfigError if the plan's device cannot run its attention, for example because a package is missing."""
+    """Raises ConfigError if the plan's device cannot run the plan's attention, for example if a package is missing."""
     models, device = plan.config.models, plan.config.ranks.device
     require_attention(models.attention, device)
     if plan.sparsity and plan.sparsity.has_fp8:

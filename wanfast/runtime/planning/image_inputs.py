@@ -18,14 +18,18 @@ from wanfast.runtime.media.earlier_video import load_earlier
 
 
 def check_images(config: EffectiveConfig, spec: ModelSpec) -> None:
-    """Raises ConfigError if a video has fewer or more images than its model and its recipe need."""
+    """Raises ConfigError if the model or the recipe needs an image that is missing.
+
+    If the model takes no images, each option that needs images raises ConfigError too: an option that names an image,
+    --fit, a second --prompt, and a recipe for videos from images.
+    """
     video, recipe = config.video, config.models.recipe
     num_images = RECIPES[recipe].num_images if recipe else 0
     if not spec.takes_images:
         refuse_image_options([*video.images, *(["--fit"] if video.fit != VideoConfig.fit else [])], spec)
         if num_images:
             raise ConfigError(
-                f"--recipe {recipe} is for models that start from an image: use another recipe or --model"
+                f"--recipe {recipe} is for models that start from an image: use another --recipe, or use --model a14b"
             )
         if len(video.prompts) > 1:
             raise ConfigError(
@@ -60,7 +64,9 @@ class ImageFacts:
 def image_facts(path: str | None, option: str) -> ImageFacts:
     """Returns what a plan needs to know about an image; if `path` is None, all fields are empty.
 
-    The result is cached while a list is planned, because the list may name one image a thousand times.
+    `option`: the option that gave `path`, such as "--image", for the message of an error. Raises ConfigError if the
+    image cannot be read or is refused. The result is cached while a list is planned, because the list may name one
+    image a thousand times.
     """
     if path is None:
         return ImageFacts("", (0, 0), ())
@@ -78,6 +84,9 @@ class EarlierFacts(ImageFacts):
 
 @remembered
 def earlier_facts(path: str) -> EarlierFacts:
-    """Returns what the plan of a new video needs to know about `path`, the video that the new video continues."""
+    """Returns what the plan of a new video needs to know about `path`, the video that the new video continues.
+
+    Raises ConfigError if no clip can continue the video at `path`.
+    """
     video = load_earlier(path)
     return EarlierFacts(video.sha256, video.size, video.notes, video.num_frames, video.fps)

@@ -1,4 +1,4 @@
-"""Computes whether a model fits on this machine, for each number of GPUs and each placement of its experts.
+"""Computes whether a model fits on this machine, for 1, 2, 4 and 8 GPUs and for each placement of the experts.
 
 The sums of bytes come from `placement`, which also uses them to place a run. If this machine has no GPU, the sums are
 compared with the memory of common GPUs that a user can rent.
@@ -62,7 +62,7 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """This class holds all ways to place a model's experts.
+    """This class holds all ways to place a model's experts on 1, 2, 4 and 8 GPUs.
 
     The ways are sorted by the number of GPUs, and then by preference.
     """
@@ -111,9 +111,10 @@ class Fit:
 def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
     """Computes all ways to place a model's experts, and compares the bytes of each way with the free memory.
 
-    The free memory is that of the GPUs `found` and of the host. If `found` is empty, the bytes are compared with the
-    memory of common GPUs that a user can rent. The image is assumed to have the shape that gives the most tokens at
-    --size. Raises ConfigError for a wrong option in `given`.
+    The ways use 1, 2, 4 or 8 GPUs. The free memory is that of the GPUs `found` and of the host, and no way uses more
+    GPUs than `found` holds. If `found` is empty, the bytes are compared with the memory of common GPUs that a user can
+    rent. The image is assumed to have the shape that gives the most tokens at --size. Raises ConfigError for a wrong
+    option in `given`.
     """
     config = EffectiveConfig.of({**NO_VIDEO, **given}, spec)
     precision, scheme, size = config.models.precision, config.models.quantize, parse_size(config.video.size)

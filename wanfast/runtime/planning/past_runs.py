@@ -1,4 +1,4 @@
-"""Predicts the seconds that a plan takes, from the seconds of a forward in a similar earlier run.
+"""Predicts how many seconds the denoising of a plan takes, from the seconds of a forward in a similar earlier run.
 
 This module does not import torch.
 """
@@ -55,7 +55,7 @@ def predicted_seconds(plan: Plan) -> float | None:
     """Returns the predicted seconds of denoising, or None if no similar run is found.
 
     The prediction uses the newest similar run in the artifacts folder. A similar run had the same model, size, frames,
-    precision, attention and mesh, and the same kind of GPU.
+    precision, quantization, compilation, attention, mesh and placement of the experts, and the same kind of GPU.
     """
     wanted = plan_json(plan)
     found = gpus.visible_gpus() if plan.config.ranks.device == "cuda" else []

@@ -4,7 +4,7 @@ An option with the value `auto` is decided from the memory that is free now, and
 four modes, and the first one that fits is taken:
 * resident: every rank holds both experts. This mode is preferred, because sharded weights must be gathered for each
   layer of each step.
-* evicting: as resident, but some weights are moved to host memory while the VAE works.
+* evicting: every rank holds both experts, and moves some of their weights to host memory while the VAE works.
 * sharded: several ranks share the weights of both experts. Quantized experts are never sharded.
 * offloaded: the idle expert is in host memory.
 All videos of a list share one placement; the largest video decides the placement.
@@ -74,8 +74,9 @@ def place(
     """Decides the mesh of ranks and where the weights lie, and returns the plans with both decisions.
 
     The decisions are equal for all plans. If `free_memory` is not given, it is measured here; a caller whose ranks
-    already hold models must give it. Raises ConfigError if the plans do not fit or the options cannot be met. If
-    `must_fit` is false and the plans are for the CPU, plans that do not fit get a note, and no error is raised.
+    already hold models must give it. `mesh`: the mesh of ranks that run already; if None, the mesh is decided here.
+    Raises ConfigError if the plans do not fit or the options cannot be met. If `must_fit` is false and the plans are
+    for the CPU, plans that do not fit get a note, and no error is raised.
     Raises JoiningMemoryError if the host has too little memory to join the clips of a video.
     """
     asked = plans[0].config.ranks
@@ -189,7 +190,11 @@ def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
 
 
 def modes(need: Need, ranks: int) -> dict[str, int]:
-    """Returns {mode: peak bytes of a GPU} in the order of preference: resident, evicting, sharded, offloaded."""
+    """Returns {mode: peak bytes of a GPU} in the order of preference: resident, evicting, sharded, offloaded.
+
+    `ranks`: the number of ranks that make one video. The result has no "evicting" if evicting would save no memory, and
+    no "sharded" for one rank.
+    """
     return {mode: sum(parts.values()) for mode, parts in terms(need, ranks).items()}
 
 
@@ -237,7 +242,10 @@ def _place_experts(
         (config.ranks.expert_offload, "--expert-offload", "offloaded"),
     ):
         if asked == "on" and mode in barred:
-            raise ConfigError(f"{option} on: {barred[mode]}{why_cpu(asked=asked_cpu) if on_cpu else ''}")
+            raise ConfigError(
+                f"{option} on: {barred[mode]}{why_cpu(asked=asked_cpu) if on_cpu else ''}; drop {option}, so that "
+                "wanfast chooses the placement"
+            )
         if asked == "on" and (held[mode] <= free or not on_cpu):
             return mode, f"experts {mode} as asked: {gb(held[mode])}", ()
         if asked == "on":

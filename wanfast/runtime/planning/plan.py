@@ -59,8 +59,9 @@ class Plan:
     ) -> Plan:
         """Derives a plan from a config, a model and the (width, height) of the image.
 
-        `config` is an effective config, such as `effective` returns. `curve` holds MagCache's ratios, or is None
-        without MagCache. `densities` holds the densities of a plan of attention, or is None without such a plan.
+        `config`: the options with all defaults filled in, as `completed.effective` returns them. `curve` holds
+        MagCache's ratios, or is None without MagCache. `densities` holds the densities of a plan of attention, or is
+        None without such a plan.
         """
         video = config.video
         levels = levels_of(video)
@@ -102,8 +103,8 @@ class Plan:
     def joining_bytes(self) -> int:
         """Returns the size, in bytes of host memory, of the array that holds all frames of joined clips.
 
-        A handle returns this array to its caller. The size is 0 if nothing is joined. It is also 0 if the video is
-        written to an .mp4, because then no array holds all frames.
+        A handle returns this array to its caller. The size is 0 if nothing is joined. The size is also 0 if the video
+        is written to an .mp4, because then no array holds all frames.
         """
         video = self.config.video
         is_joined = video.continue_from or len(video.prompts) > 1
@@ -186,7 +187,7 @@ class Plan:
         return (*known, *[(1.0, 1.0)] * (len(self.schedule) - len(known)))
 
     def residuals(self) -> ResidualCache:
-        """Returns an empty cache that follows the plan's skips."""
+        """Returns an empty cache for MagCache's residuals; the cache follows the plan's skips."""
         alike = zip(self.experts, self.guided, strict=True)  # between unlike steps, the ranks may regroup
         levels = [(kind, step.sigma) for kind, step in zip(alike, self.schedule, strict=True)]
         return ResidualCache(self.skips, levels if _extrapolates(self.config) else None)

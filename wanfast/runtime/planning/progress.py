@@ -19,7 +19,7 @@ _CLIP = re.compile(r"clip (\d+) of (\d+), ")  # before the stages of a clip, who
 
 
 def stage_of_clip(number: int, num_clips: int, stage: str) -> str:
-    """Returns the name of a stage of one clip; clips count from 1."""
+    """Returns the name of stage `stage` of clip `number`, counted from 1; for a video of one clip, returns `stage`."""
     return f"clip {number} of {num_clips}, {stage}" if num_clips > 1 else stage
 
 

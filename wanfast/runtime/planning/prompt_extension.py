@@ -1,7 +1,7 @@
 """Lets a program of the user replace a prompt by a longer prompt.
 
-The program gets the prompt on stdin, as UTF-8, and the path of the image in the environment variable WANFAST_IMAGE. It
-prints the new prompt. The program is started without a shell. This module does not import torch.
+The program gets the prompt on stdin, as UTF-8, and the path of the image in the environment variable WANFAST_IMAGE. The
+program must print the new prompt on stdout. No shell is used to start the program. This module does not import torch.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def read_requests(
 ) -> list[Request]:
     """Returns one request for each line of `jobs_file`, or a single request if `jobs_file` is None.
 
-    A bad line of `jobs_file` becomes a request that holds an error. Any other fault raises ConfigError.
+    `typed`: the options that the user typed on the command line. A bad line of `jobs_file` becomes a request that holds
+    an error. Raises ConfigError for any other fault, and for a list of more than five lines if none is a JSON object.
     """
     prompt_file, from_file = _whole(prompt_file, "--prompt-file"), _whole(from_file, "--from")
     jobs_file = _whole(jobs_file, "--jobs")
@@ -219,7 +220,7 @@ def _read(file: Path, option: str) -> str:
 
 
 def shared_by_all(name: str) -> ConfigError:
-    """Returns the error of a line that gives an option another value than the rest of the list has."""
+    """Returns the error for a line of a list that changes option `name`, which all lines must share."""
     return ConfigError(
         f"{flag(name)} must be the same for the whole list: give it on the command line, or make a second list"
     )

@@ -31,8 +31,8 @@ def resolve(
 ) -> tuple[Plan, ModelFiles]:
     """Decides the options of a request and checks the files that the options name; `place` decides the mesh later.
 
-    This function runs the program of --extend-prompt. It writes no output, but may store hashes of files in the
-    artifacts folder. Raises WanFastError.
+    This function runs the program of --extend-prompt. The function writes no output file, but may store hashes of files
+    in the artifacts folder. Raises WanFastError if an option or a file cannot be used.
     `writes`: whether the run writes output files. If false, the plan has no output files, and the ranks return the
     frames.
     `runs`: whether the plan will be run. If false, an output file that exists gets a note instead of an error.

@@ -26,7 +26,10 @@ class Share:
     claim: Callable[[int], bool] = lambda index: True
 
     def own(self, jobs: Sequence[int]) -> list[int]:
-        """Returns this rank group's own jobs: every n-th of `jobs` if there are n rank groups."""
+        """Returns this rank group's own jobs: the job at index `place` of `jobs`, and then every n-th job.
+
+        n is the number of rank groups.
+        """
         return list(jobs[self.place :: self.groups])
 
     def claimed(self, jobs: Sequence[int]) -> Iterator[int]:

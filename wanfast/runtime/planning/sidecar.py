@@ -74,8 +74,8 @@ class Recording:
     """Receives a video's frames while they are decoded, and writes `outputs`: mp4, JSON, perhaps a contact sheet.
 
     A frame is freed when it is encoded, except copies of the few frames that the contact sheet shows. `finish`
-    publishes all files together; without a successful `finish` no file appears. Raises ConfigError for a file that
-    cannot be written.
+    publishes all files together; without a successful `finish` no file appears. `add` and `finish` raise ConfigError
+    for a file that cannot be written.
     """
 
     def __init__(self, outputs: tuple[Path, ...], fps: int, num_frames: int, *, overwrite: bool) -> None:
@@ -146,7 +146,7 @@ def write_video(
     """Writes frames [F, H, W, 3] to `outputs` = (mp4, JSON, perhaps a contact sheet) and returns the JSON document.
 
     `document`: the result of `with_seconds`. The returned document also holds the seconds of writing and the sha256 of
-    the mp4. Raises ConfigError.
+    the mp4. Raises ConfigError if a file cannot be written, or if it exists and `overwrite` is false.
     """
     with Recording(outputs, document["plan"]["fps"], len(frames), overwrite=overwrite) as recording:
         recording.add(frames)
@@ -154,9 +154,10 @@ def write_video(
 
 
 def write_made(document: dict[str, Any], files: Sequence[bytes], outputs: tuple[Path, ...], *, overwrite: bool) -> None:
-    """Writes the files of a video that another machine made: mp4, JSON, perhaps a contact sheet. Raises ConfigError.
+    """Writes the files of a video that another machine made: mp4, JSON, perhaps a contact sheet.
 
-    `files`: the bytes of the mp4, and of the contact sheet if there is one.
+    `files`: the bytes of the mp4, and of the contact sheet if there is one. Raises ConfigError if a file cannot be
+    written, or if it exists and `overwrite` is false.
     """
     mp4, *sheet = files
     with atomic_paths(*outputs, overwrite=overwrite) as paths:

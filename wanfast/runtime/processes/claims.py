@@ -24,7 +24,10 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 def claim(run_folder: Path, index: int, number: int) -> bool:
-    """Claims a job for a rank group; returns whether this group is the first to claim it. Raises ConfigError."""
+    """Claims job `index` for rank group `number`; returns whether this group is the first to claim the job.
+
+    Raises ConfigError if the claim cannot be written.
+    """
     place = _place(run_folder, index)
     with writing_to(place):
         place.parent.mkdir(exist_ok=True)
@@ -48,7 +51,7 @@ def claimed_by(run_folder: Path, index: int) -> int | None:
 
 
 def newest(run_folder: Path, indices: Iterable[int]) -> int:
-    """Returns the job that was claimed last, of jobs that are claimed."""
+    """Returns the job of `indices` that was claimed last; a group must have claimed each of these jobs."""
     return max(indices, key=lambda index: _place(run_folder, index).lstat().st_mtime_ns)
 
 

@@ -1,8 +1,8 @@
 """Makes the videos of a list on the machines of a Ray cluster: one rank group in each actor, one line at a time.
 
 An actor keeps its ranks and their models from line to line. If a machine is lost, or its ranks or models fail, another
-machine makes the line. The actors return the content of all files as bytes, and this
-process writes the files.
+machine makes the line. The actors return the content of all files as bytes, and the process that uses this module
+writes the files.
 This module does not import torch, and imports Ray only when it connects.
 """
 
@@ -48,7 +48,11 @@ _MOST_FAILURES = 2  # one after the other of one rank group, which then gets no 
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """Connects this process to a Ray cluster, and yields the module `ray`. Raises ConfigError."""
+    """Connects this process to the Ray cluster at `address`, and yields the module `ray`.
+
+    `address`: HOST:PORT of the cluster's head, or "auto". Raises ConfigError if Ray is not installed or the cluster
+    cannot be reached.
+    """
     if find_spec("ray") is None:
         raise ConfigError("--ray needs the package ray: run `pip install 'wanfast[ray]'`")
     _reach(address)
@@ -171,7 +175,10 @@ def require_one_group(plan: Plan) -> None:
 
 
 def needs_of(ranks: RanksConfig) -> dict[str, int]:
-    """Returns {Ray's name of a resource: how many of it a machine must have for the ranks of one video}."""
+    """Returns {"CPU": cores, "GPU": GPUs}: what Ray must reserve on a machine for the ranks of one video.
+
+    The result has no "GPU" if the ranks run on the CPU.
+    """
     return {"CPU": ranks.num_gpus} if ranks.device == "cpu" else {"CPU": 1, "GPU": ranks.num_gpus}
 
 
@@ -196,7 +203,7 @@ def require_room(ray: Any, address: str, ranks: RanksConfig) -> None:
 
 
 class RayList:
-    """This class makes the videos of one list. Only one thread may use it."""
+    """This class makes the videos of one list on a Ray cluster. Only one thread may use an object of this class."""
 
     def __init__(self, ray: Any, address: str, plans: Sequence[Plan], documents: Sequence[Document]) -> None:
         """`documents`: the job of each plan as JSON. Raises ConfigError if no machine can hold the ranks of a video."""

@@ -1,9 +1,10 @@
 """Runs one rank group under torchrun's own launcher: `python -m wanfast.runtime.processes.elastic RUN NUMBER`.
 
 RUN is the run folder, and NUMBER the group's number. Each rank group has a separate launcher process, so that one
-group's failure does not end the other groups. Only the launchers need torchrun, so the parent runs without torch, and
-its main thread is free for the terminal. The launcher imports torch once, and then forks the ranks. If a rank fails,
-torchrun's agent reports exit codes and times; the launcher writes them to RUN/ranks/NUMBER.json.
+group's failure does not end the other groups. torchrun runs in the launchers, and not in the parent. So the parent
+needs no torch, and the parent's main thread is free for the terminal. The launcher imports torch once, and then forks
+the ranks. If a rank fails, torchrun's agent reports exit codes and times; the launcher writes both to
+RUN/ranks/NUMBER.json.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def main(run_folder: Path, number: int) -> int:
-    """Runs rank group `number` and returns its exit code: 0, 5 if a rank failed, or 128 + the number of a signal.
+    """Runs rank group `number` and returns its exit code: 0, 5 if a rank failed, or 128 + the signal that ended it.
 
-    The ranks are forks of this process. In this process, the function waits for them. In each fork, it runs the worker
-    and returns 0.
+    The ranks are forks of this process. In this process, the function waits for the ranks. In each fork, the function
+    runs the worker and returns 0.
     """
     document = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
     config = RanksConfig(**document["ranks"])

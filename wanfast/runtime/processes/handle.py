@@ -74,9 +74,11 @@ class Video:
         return plan
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False, contact_sheet: bool = False) -> None:
-        """Writes the mp4 and its .json; `wanfast generate --from` can repeat the video from the .json.
+        """Writes the video to the .mp4 file `path`, and the options, plan and seconds to a .json file beside it.
 
-        Raises ConfigError.
+        `wanfast generate --from` can repeat the video from the .json. `contact_sheet`: whether a picture with a few
+        frames is written too. Raises ConfigError if a file cannot be written, if it exists and `overwrite` is false,
+        or if it is an image or a video from which this video was made.
         """
         from wanfast.runtime.media import video_file
 
@@ -113,9 +115,11 @@ class Opened:
 
     @classmethod
     def of(cls, asked: dict[str, Any]) -> Opened:
-        """Plans the largest video of a handle, for one rank group. Raises WanFastError.
+        """Plans the largest video of a handle, for one rank group.
 
-        If `asked` has no `size`, the video has the model's own size.
+        `asked`: the options that `open` got. If `asked` has no `size`, the video has the model's own size. Raises
+        WanFastError if an option is wrong, if weights or artifacts are missing, or if the video does not fit into
+        memory.
         """
         asked = accepted(asked)
         _refuse(asked, asked.keys() - OF_HANDLE - OF_ALL_VIDEOS, "a video", "Handle.make")
@@ -152,7 +156,10 @@ class Opened:
         return own == loaded and is_distilled(models)
 
     def plan(self, options: dict[str, Any]) -> Plan:
-        """Plans one video for these models and ranks. Raises WanFastError."""
+        """Plans one video for these models and ranks; `options` are the options that `Handle.make` got.
+
+        Raises WanFastError if an option is wrong, if an artifact is missing, or if the video does not fit into memory.
+        """
         options = accepted(options)
         _refuse(options, options.keys() & OF_HANDLE - {"recipe"}, "the handle", "wanfast.open")
         recipe = options.get("recipe")
@@ -177,7 +184,7 @@ class Opened:
 class Handle:
     """A handle owns ranks with loaded models; `wanfast.open` returns a handle.
 
-    At the end, call the handle's `close`. Or use the handle in a `with` block, which closes it.
+    At the end, call the handle's `close`. Or use the handle in a `with` block, which closes the handle at its end.
     """
 
     def __init__(self, opened: Opened) -> None:
@@ -276,11 +283,12 @@ class Handle:
 
 
 def open(**options: Any) -> Handle:
-    """Starts ranks and returns their handle, and does not wait until the models are loaded. Raises WanFastError.
+    """Starts ranks and returns their handle, and does not wait until the models are loaded.
 
     `options`: the options of `wanfast generate` for models and ranks, and the `size` and `frames` of the largest video
     that will be made. Each option has its Python name: `num_gpus` means --num-gpus. LoRAs and settings of lossy
-    attention may be given here or for each video.
+    attention may be given here or for each video. Raises WanFastError if an option is wrong, if weights or artifacts
+    are missing, if the video does not fit into memory, or if the ranks cannot be started.
     """
     return Handle(Opened.of(options))
 

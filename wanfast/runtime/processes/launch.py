@@ -75,7 +75,7 @@ class _Batch:
         return self.models[index - self.indices.start]
 
     def remove(self, run_folder: Path) -> None:
-        """Removes the files that belong to this batch alone."""
+        """Removes the files that belong only to this batch."""
         _remove([run_folder / batch_file(self.number), run_folder / CANCEL / str(self.number)])
         for index in self.indices:
             _remove([result_file(run_folder, index), frames_file(run_folder, index)])
@@ -131,10 +131,13 @@ class RankGroups:
     ) -> list[dict[str, Any]]:
         """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
 
-        `on_result` gets each result as soon as the job is done. If a group dies, its current job fails with the group's
-        error, and the group is started again for the remaining jobs. If it had not completed the files of the job
-        before, this job is done again. There are two exceptions. A group that cannot load its models is not started
-        again while other groups live, and a group that spans machines is not started again.
+        `verb`: the name of the command. `worker`: the name of the module whose function `run` does the jobs. `outputs`:
+        the files that the jobs write. `on_result` gets each result as soon as the job is done.
+        If a group dies, its current job fails with the group's error. If the files of the group's earlier job were not
+        complete, that job is done again. Then the group is started again for the remaining jobs, except in these cases:
+        * the group died while it loaded models, and other groups live;
+        * the group spans several machines;
+        * neither the group nor the group that it replaced claimed a job before it died.
         If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a callback raises an Exception, the
         jobs end and that exception is raised. In both cases the ranks keep running. Any other exception, such as
         KeyboardInterrupt, ends all ranks immediately. In all cases, no half-written file is left.

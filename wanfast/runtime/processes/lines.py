@@ -1,4 +1,6 @@
-"""Decides which rank group of a cluster makes which line of a list, and which lost lines are tried again.
+"""Decides which rank group of a cluster makes which line of a list, and which lines are tried again.
+
+A line is tried again if a machine failed while it made the line.
 
 This module knows neither Ray nor torch.
 """
@@ -34,7 +36,8 @@ class Lines:
         """Returns the line that a rank group of `machine` makes next, or None if no line waits for this machine.
 
         `loaded`: the models that the rank group holds; a line with these models comes first. `machines`: all machines
-        that can make lines. A machine that lost a line does not get this line again, unless all `machines` lost it.
+        that can make lines. A machine that failed while it made a line does not get this line again. Only after all
+        `machines` failed with the line may each of them get it again.
         """
         may = [
             line

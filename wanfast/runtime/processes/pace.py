@@ -4,15 +4,16 @@ Denoising steps after the first one take about the same time. So in a group of o
 limit for a later step. In a larger group, a rank that waits for another rank ends the group after --rank-timeout.
 The start, and the stages of loading, compiling, encoding, decoding and writing have no such limit. Their time depends
 on the disk, the model and the size. Also, all ranks of a larger group may stop at places where no rank waits for
-another rank. Therefore a group also counts as hung if, for a long time, it neither reports progress nor works. The
-group works if one of its ranks on this machine works. Before the first rank has started, the group works if its
-launcher works. Later, the launcher does not count, because it is always busy with watching its ranks.
+another rank. Therefore a group also counts as hung if, for three times --rank-timeout, it neither reports progress nor
+works. The group works if one of its ranks on this machine works. Before the first rank has started, the group works if
+its launcher works. Later, the launcher does not count, because it is always busy with watching its ranks.
 The counters of the operating system show whether a process works: it reads, writes or touches new memory. On a CPU, CPU
 time counts as work too. On a GPU, CPU time does not count, because a host thread uses CPU time even while it only waits
 for its GPU. So a healthy rank on a GPU may show no work during a long computation. Therefore the time limit on a GPU is
 at least 600 s. Steps whose time is known are an exception, on a CPU too: the limit of such a step is at least ten times
 the slowest earlier step.
-A rank that waits for others in gloo shows no work: it uses 0.3 % of a core. This was not measured for NCCL's threads.
+A rank that waits for others in gloo shows no work: it uses 0.3 % of a core. How much NCCL's threads use while a rank
+waits was not measured.
 Three kinds of hangs are not found. The first is an endless loop on a CPU. The second is a process that reads, writes or
 touches memory for ever. The third is a launcher that stops after it has formed its rank group but before the first
 rank has started.
@@ -52,7 +53,7 @@ class Work:
 
     @classmethod
     def of(cls, pid: int, reports: Iterable[Path] = (), *, on_cpu: bool) -> Work:
-        """Adds up the bytes that a process read and wrote, and the memory pages that it touched for the first time.
+        """Returns the work of process `pid` so far, from the counters of the operating system.
 
         `reports`: a rank's report files; the newest mtime is the time of the last report. CPU time counts only if
         `on_cpu` is true, because a rank that waits for its GPU also uses CPU time.
@@ -79,7 +80,7 @@ def works(run_folder: Path, number: int, launcher: int, *, on_cpu: bool) -> Work
     """Returns what rank group `number` did so far on this machine, rank by rank.
 
     If the group has no rank yet, returns what the launcher did so far.
-    `launcher`: the launcher's process id.
+    `launcher`: the launcher's process id. `on_cpu`: whether the ranks compute on the CPU, so that CPU time counts.
     """
     pids = {int(file.read_text()): file for file in (run_folder / RANKS).glob(f"{number}-*/pid")}
     ranks = {pid: Work.of(pid, (file, file.with_name(PROGRESS)), on_cpu=on_cpu) for pid, file in pids.items()}
@@ -100,7 +101,11 @@ class Pace:
     active: float = 0.0  # when the group was last seen to work
 
     def look(self, state: dict[str, Any] | None, written_ns: int, now: float) -> bool:
-        """Stores the progress that the rank group reports now, if any; returns whether this progress is new."""
+        """Stores the progress that the rank group reports now, if any; returns whether this progress is new.
+
+        `state`: the content of the progress file, or None. `written_ns`: the file's mtime in nanoseconds. `now`: the
+        seconds of `time.monotonic`.
+        """
         self.idle_s = now - self.since
         if state is None or (state, written_ns) == (self.state, self.written_ns):
             return False

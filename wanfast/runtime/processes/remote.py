@@ -68,8 +68,9 @@ class RemoteGroup:
                 files.identify()
                 if files.fingerprints != fingerprints:
                     raise ConfigError(
-                        f"--model {models.model}: the weights differ from those of the command's machine: copy the "
-                        "weights from that machine, or leave this machine out of the cluster"
+                        f"--model {models.model}: the weights on a machine of the cluster differ from those on the "
+                        "machine where you run wanfast: copy your weights to that machine of the cluster, or leave "
+                        "that machine out of the cluster"
                     )
         except WanFastError as error:
             return failure(error)

@@ -40,9 +40,9 @@ def result_file(run_folder: Path, index: int) -> Path:
 
 
 def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
-    """Makes a new folder runs/<UTC time>-<first 8 digits of the key of `inputs`>.
+    """Makes a new folder `root`/runs/<UTC time>-<first 8 digits of the key of `inputs`>, and returns its path.
 
-    A number is appended if another run has that name. Raises ConfigError if the folder cannot be made.
+    A number is appended to the name if another run has the same name. Raises ConfigError if the folder cannot be made.
     """
     stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{key_of(inputs)[:8]}"
     with writing_to(root):
@@ -58,5 +58,5 @@ def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
 
 
 def write_result(run_folder: Path, index: int, result: dict[str, Any]) -> None:
-    """Writes the result of one job into the run folder."""
+    """Writes the result of job `index` into the run folder. Raises ConfigError if the file cannot be written."""
     replace_text(result_file(run_folder, index), json.dumps(result, indent=2, ensure_ascii=False) + "\n")

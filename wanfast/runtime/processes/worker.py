@@ -60,7 +60,7 @@ def main(run_folder: Path, number: int) -> None:
     replace_text(own_folder / "pid", str(os.getpid()))
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Writes the error, and only then ends the process.
+        """Writes the error into the run folder, and only then ends this process with code 1.
 
         So this error is older than the errors that the end of this process causes in its peers.
         """
@@ -211,7 +211,11 @@ class _Results:
             self._last.result()
 
     def add(self, index: int, result: dict[str, Any] | Callable[[], dict[str, Any]]) -> None:
-        """Writes the result of a job, or lets the thread complete and write it. Raises the error of an earlier call."""
+        """Writes the result of job `index`.
+
+        If `result` is a function, another thread calls the function and writes the result that it returns. This method
+        first waits until the result of the call before is written. If that write raised an error, raises this error.
+        """
         if self._last is not None:
             self._last.result()
             self._last = None

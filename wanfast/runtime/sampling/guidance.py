@@ -60,8 +60,9 @@ def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
 class Guidance:
     """Applies guidance to one video.
 
-    If an expert's guidance stops early, this class stores the difference between the expert's two predictions of the
-    last step with both branches. The later steps of this expert run only the prompt's branch and reuse the difference.
+    The guidance of an expert may stop early. Then this class stores the difference D of the two branches' predictions,
+    from the expert's last step with both branches. The later steps of this expert run only the prompt's branch, and
+    reuse D.
     """
 
     def __init__(self, experts: Sequence[Expert], scales: Mapping[Expert, float], guided: Sequence[bool]) -> None:
