@@ -45,9 +45,9 @@ def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate
 
 
 def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
-    """Returns a flat list of two steps for each expert whose guidance stops early.
+    """Returns the steps at which guidance stops early: a flat list with two steps for each such expert.
 
-    The two steps are the expert's last step with guidance and the next step. Steps count from 0.
+    The two steps are the expert's last step with guidance and the step after it. Steps count from 0.
     """
     return [
         step
@@ -70,11 +70,14 @@ class Guidance:
         self._differences: dict[Expert, Any] = {}
 
     def branches(self, step: int) -> tuple[Branch, ...]:
-        """Returns the branches that run in a step."""
+        """Returns the branches that run in a step, which counts from 0: the prompt's branch stands first."""
         return BRANCHES if self._guided[step] else BRANCHES[:1]
 
     def combine(self, step: int, velocities: Sequence[Any]) -> Any:
-        """Returns the guided velocity of a step; `velocities` has one element for each of the step's branches."""
+        """Returns the guided velocity of a step.
+
+        `velocities`: the predictions of the branches in `branches(step)`, in the same order.
+        """
         expert, scale = self._experts[step], self._scales[self._experts[step]]
         prompt, *negative = velocities
         if negative:

@@ -110,8 +110,8 @@ class NamedExpert:
     def check(self, scheme: Scheme | None, loras: Iterable[Lora], option: str, without: str) -> None:
         """Raises WanFastError if the path's name mentions the other expert, or if `scheme` would round weights twice.
 
-        `loras` are merged into the weights before these are quantized. `option` is the option that gives the scheme.
-        `without` is a fix that avoids the scheme, such as "drop --quantize".
+        `loras`: the LoRAs that are merged before the merged weights are quantized. `option`: the option that gives the
+        scheme. `without`: a fix that avoids the scheme, such as "drop --quantize"; the error's message ends in it.
         """
         if (named := expert_in(self.path.name)) not in (None, self.expert):
             fix = f"use {flag(f'{named}_expert')}, or rename the file"

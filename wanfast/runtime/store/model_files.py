@@ -153,9 +153,9 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
     """Locates the model that `--model` names, and reads its facts; `experts` replace the experts of this model.
 
     If the weights of a published model are missing, the result has `exists` False. For any other missing folder, raises
-    MissingArtifactError, or ConfigError if the name is similar to that of a known model. Raises ConfigError if the
-    folder has no model of a known kind, or is a file. Raises CorruptArtifactError if the model's facts are damaged or
-    contradict each other.
+    MissingArtifactError, or ConfigError if the name is similar to that of a known model. Raises ConfigError if `model`
+    is a file, or a folder without a model of a known kind. Raises CorruptArtifactError if the model's facts are damaged
+    or contradict each other.
     """
     artifacts, published = Path(artifacts_dir).absolute(), A14B
     check_root(artifacts)
