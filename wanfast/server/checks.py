@@ -34,7 +34,7 @@ _UNPLANNED = "the server cannot plan this video; the server's log has the reason
 
 
 class Planner(Protocol):
-    """This class plans videos for loaded models."""
+    """This interface plans videos for loaded models; `Opened` implements it."""
 
     @property
     def asked(self) -> Mapping[str, Any]:

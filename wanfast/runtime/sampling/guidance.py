@@ -30,8 +30,8 @@ def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate
     """Returns for each step whether the negative prompt's branch runs.
 
     `gate`: the share of an expert's steps, counted from the expert's first step, in which the branch runs. The number
-    of these steps is rounded. It is at least 1, because the later steps reuse the difference of the two branches. If
-    the scale of an expert is 1, the branch runs in none of the expert's steps.
+    of these steps is rounded to a whole number of at least 1, because the later steps reuse the difference of the two
+    branches. If the scale of an expert is 1, the branch runs in none of the expert's steps.
     """
     left = {
         expert: max(1, round(gate * experts.count(expert))) if needs_unconditional(scales[expert]) else 0

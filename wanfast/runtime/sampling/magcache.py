@@ -134,7 +134,7 @@ def plan_best(
 def accumulated_error(ratios: Ratios, plan: Sequence[Skips]) -> float:
     """Returns the predicted error of a plan: the sum of the errors of all skipped forwards.
 
-    `plan_best` minimises this error.
+    `plan_best` defines the error of a forward, and minimises this sum.
     """
     total = 0.0
     for branch in (0, 1):

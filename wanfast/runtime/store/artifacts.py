@@ -106,8 +106,8 @@ class ArtifactStore:
         All users who may read the store may read the folder. `versions`: versions of packages, which the manifest
         records; they are no part of the key. If the artifact exists already, `write` is not called, and the result
         names the existing folder.
-        If the existing folder is damaged, this method raises CorruptArtifactError. With `damaged="miss"`, it replaces
-        the damaged folder instead, and it compares hashes too to find damage. Calls `waiting` if another writer holds
+        If the existing folder is damaged, this method raises CorruptArtifactError. With `damaged="miss"`, it also
+        compares the files' hashes, and replaces a damaged folder by a new one. Calls `waiting` if another writer holds
         the lock. Raises ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)

@@ -114,7 +114,7 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
 
 
 def levels_option(config: EffectiveConfig) -> str:
-    """Returns the option to which a run owes its list of noise levels: --sigmas, or --recipe with its name."""
+    """Returns the option that gives a run its list of noise levels: --sigmas, or --recipe with the recipe's name."""
     recipe = config.models.recipe
     is_of_recipe = recipe is not None and config.video.sigmas == RECIPES[recipe].options.get("sigmas")
     return f"--recipe {recipe}" if is_of_recipe else "--sigmas"

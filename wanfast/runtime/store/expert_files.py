@@ -111,7 +111,7 @@ class NamedExpert:
         """Raises WanFastError if the path's name mentions the other expert, or if `scheme` would round weights twice.
 
         `loras`: the LoRAs that are merged before the merged weights are quantized. `option`: the option that gives the
-        scheme. `without`: a fix that avoids the scheme, such as "drop --quantize"; the error's message ends in it.
+        scheme. `without`: a fix that avoids the scheme, such as "drop --quantize", for the error's message.
         """
         if (named := expert_in(self.path.name)) not in (None, self.expert):
             fix = f"use {flag(f'{named}_expert')}, or rename the file"

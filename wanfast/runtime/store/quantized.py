@@ -62,7 +62,8 @@ class QuantizedExpert:
     def inputs(self, torchao: str | None, device: str | None) -> dict[str, Any]:
         """Returns all inputs of the artifact's key.
 
-        For the scheme bf16, `device` is not in the key, because all devices cast to the same values.
+        `torchao`: the version of torchao that quantizes, or None for the scheme bf16. `device`: the kind of device that
+        quantizes. For the scheme bf16, `device` is not in the key, because all devices cast to the same values.
         """
         loras = inputs_of(self.loras, self.expert)
         return {
