@@ -3,9 +3,9 @@
 A preset is a curve that ships with the package. The key of a stored curve holds all inputs of its measurement, in two
 groups. The inputs of the first group must be equal in the measurement and in a run: both experts and their LoRAs; the
 facts, the precision, the scheme and TF32; the steps, the shift, the solver and the guidance; the size, the frames and
-whether there is a last image. If one of them differs, the run refuses the curve, and the error names the command that
-measures a new curve. With `--magcache-interpolate`, the steps and the shift may differ, because the ratios change
-smoothly.
+whether there is a last image. If an input of the first group differs, the run refuses the curve, and the error names
+the command that measures a new curve. With `--magcache-interpolate`, the steps and the shift may differ, because the
+ratios change smoothly.
 The inputs of the second group change a ratio only a little, and may differ: the set of clips, the VAE, UMT5, the
 negative prompt, the attention kernel, --compile, the code, the libraries and the device.
 This module does not import torch.

@@ -134,7 +134,7 @@ def named_experts(config: NamesExperts) -> tuple[NamedExpert, ...]:
 
 
 def identified(models: ModelsConfig) -> ModelsConfig:
-    """Checks the experts and LoRAs that a config names, and returns the config with their hashes.
+    """Checks the files of experts and LoRAs that a config names, and returns the config with the hashes of these files.
 
     The checks read only the names and the headers of the files. Raises ConfigError or CorruptArtifactError.
     """

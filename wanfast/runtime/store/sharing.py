@@ -1,7 +1,7 @@
 """Lets several users share the artifacts folder: files and locks get the permissions (mode) of their folder.
 
-The umask (or a default ACL) decides the mode of a new folder. Some libraries ignore both: safetensors writes files that
-only their owner can read. So files that a library wrote are given the mode of the folder that holds them.
+The umask (or a default ACL) decides the mode of a new folder. Some libraries ignore umask and ACL: safetensors writes
+files that only their owner can read. So files that a library wrote are given the mode of the folder that holds them.
 """
 
 from __future__ import annotations

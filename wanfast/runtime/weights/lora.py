@@ -3,10 +3,10 @@
     weight += strength * alpha / rank * up @ down        (without alpha: strength * up @ down)
 
 Products and sums are computed in float32, one tensor at a time; then the sum is cast or quantized. If only some rows of
-a weight are loaded, only the same rows of `up` are read and multiplied. Some files also hold differences of
-whole tensors; each difference is multiplied by the strength and added. All keys and shapes are compared with those of
-the model before a weight is read. Alpha comes from a tensor of the file, from the file's metadata, or from the config
-that PEFT writes beside the file.
+a weight are loaded, only the same rows of `up` are read and multiplied. Some files also hold differences of whole
+tensors; each difference is multiplied by the strength and added. All keys and shapes are compared with those of the
+model before a weight is read. Alpha comes from a tensor of the file, from the file's metadata, or from the config that
+PEFT writes beside the file.
 Source: LoRA (arXiv 2106.09685); rank-stabilised LoRA (arXiv 2312.03732) divides alpha by sqrt(rank).
 
 Shapes: N out, K in, r rank; down [r, K], up [N, r]. A convolution's factors have more dimensions, which are flattened.
