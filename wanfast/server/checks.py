@@ -74,7 +74,10 @@ class Served:
 
     @property
     def total_frames(self) -> int:
-        """Returns the number of frames of the longest video: the larger of `joined_frames` and `frames`."""
+        """Returns the number of frames of the longest video: the larger of `joined_frames` and `frames`.
+
+        A request without a length gets `frames` frames, even if this is more than `most_frames`.
+        """
         return max(self.frames, self.joined_frames)
 
     @property

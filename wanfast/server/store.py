@@ -264,8 +264,9 @@ class Store:
         return self._change(job, stage=stage, progress=progress, lease_until=self._lease())
 
     def complete(self, job: StoredJob, output: str, facts: Mapping[str, Any], keep_s: float) -> bool:
-        """Ends a job as completed, after its files are written; returns False if the attempt no longer owns the job.
+        """Ends a job as completed; returns False if the attempt no longer owns the job.
 
+        The caller must have written the files of the attempt before this call.
         `output`: the name of the attempt that made the files. `keep_s`: the seconds until the video expires.
         """
         now = time.time()

@@ -208,7 +208,7 @@ def _check_channels(model: str, spec: ModelSpec) -> None:
     if spec.dit.in_channels != (from_images if spec.takes_images else min(latents, from_text)):
         raise ConfigError(
             f"--model {model}: its transformer reads {spec.dit.in_channels} channels, but videos from images need "
-            f"{from_images}, and videos from text alone {from_text}: use an I2V or a T2V model of the A14B kind"
+            f"{from_images}, and videos from text alone need {from_text}: use an I2V or a T2V model of the A14B kind"
         )
 
 
