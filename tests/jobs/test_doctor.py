@@ -199,7 +199,7 @@ def test_quantized_experts_fit_smaller_cards(
     if scheme:
         step = examine(wanfast, *arguments)["next"]
         assert step["command"] == f"wanfast quantize --model a14b --scheme {scheme}"
-        assert f"high_noise is not quantized with {scheme} yet" in step["why"]
+        assert f"the high-noise expert is not quantized with {scheme} yet" in step["why"]
         pretend_kept(workdir / "artifacts", scheme)
     step = examine(wanfast, *arguments)["next"]
     assert f"experts {mode}" in step["why"]

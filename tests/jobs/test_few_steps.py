@@ -162,7 +162,7 @@ def test_a_nearer_schedule_replaces_an_earlier_one(wanfast: Wanfast, pair: None,
         (("--recipe", "hybrid", "--shift", "3"), "--recipe hybrid and --shift exclude each other"),
         (
             ("--recipe", "lightning-4", *PAIR, "--magcache", "E012K2R20"),
-            "--magcache preset: its curve (40 steps with unipc at shift 5) does not fit the steps of --sigmas",
+            "--magcache preset: its curve (40 steps with unipc at shift 5) does not fit the steps of --recipe",
         ),
         (("--sigmas", "1,0.5", "--magcache", "preset"), "--magcache preset: its curve (40 steps with unipc at"),
         (
@@ -171,11 +171,15 @@ def test_a_nearer_schedule_replaces_an_earlier_one(wanfast: Wanfast, pair: None,
         ),
         (
             ("--recipe", "hybrid", *PAIR, "--magcache", "artifact"),
+            "--magcache artifact and --recipe hybrid exclude each other",
+        ),
+        (
+            ("--recipe", "hybrid", *PAIR, "--sigmas", "1,0.5", "--magcache", "artifact"),
             "--magcache artifact and --sigmas exclude each other",
         ),
         (
             ("--recipe", "hybrid", *PAIR, "--magcache", "preset", "--magcache-interpolate"),
-            "--magcache-interpolate and --sigmas exclude each other",
+            "--magcache-interpolate and --recipe hybrid exclude each other",
         ),
     ],
 )

@@ -421,7 +421,7 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
             ("--magcache-skip", "60", *apart),
             "--magcache-skip 60: at most 43 forwards can be skipped with --magcache-rule",
         ),
-        (("--magcache-skip", "17"), "because both branches skip together: skip 16"),
+        (("--magcache-skip", "17"), "because both branches skip together: use --magcache-skip 16"),
         (
             ("--magcache-budget", "0.6375", "--num-gpus", "2", "--magcache-rule", "low-noise-only"),
             "at most 28 forwards",

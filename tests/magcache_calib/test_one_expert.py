@@ -48,7 +48,7 @@ def test_a_curve_of_one_expert(wanfast: Wanfast, folder: Path, shift: str, missi
     assert made.document["plan"]["magcache"]["skipped_forwards"] > 0
     refused = wanfast(*GENERATE, "--shift", "5", *SKIP, "--magcache-interpolate")
     assert refused.exit_code == 2, refused.err
-    assert f"the curve has 0 steps of the {missing} expert, too few to interpolate" in refused.err
+    assert f"the curve has too few steps of the {missing} expert for an interpolation: 0, but at least 2" in refused.err
     assert "wanfast calibrate-magcache" in refused.err
 
 

@@ -217,7 +217,7 @@ def test_interpolation_is_within_an_expert_and_over_the_timestep() -> None:
     twice: list[tuple[Expert, int]] = [("low_noise", timestep) for timestep in timesteps]
     found = resample([(1.0, 1.0), (0.9, 0.9), (0.99, 0.99), (0.5, 0.5)], twice, twice[:2])
     assert found[1] == pytest.approx((0.9 * 0.99, 0.9 * 0.99))
-    with pytest.raises(ConfigError, match="1 steps of the high-noise expert, too few"):
+    with pytest.raises(ConfigError, match="too few steps of the high-noise expert for an interpolation: 1, but"):
         resample(RATIOS[14:], STEPS[14:], STEPS)
 
 

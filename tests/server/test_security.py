@@ -436,6 +436,7 @@ def test_an_address_for_all_needs_keys(tmp_path: Path) -> None:
     ("setting", "words"),
     [
         ({"port": -1}, "--port -1: use 0 to 65535"),
+        ({"max_queue": 2_000_000}, "--max-queue 2000000: use 1 to 1000000"),
         ({"max_queue": 0}, "--max-queue 0: use 1 to"),
         ({"max_upload_mb": 0}, "--max-upload-mb 0: use 1 to 1000"),
         ({"keep_hours": 0.0}, "--keep-hours 0: use 0.001 to"),

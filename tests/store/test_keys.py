@@ -204,7 +204,7 @@ def test_an_expert_of_an_earlier_version_is_named(files: ModelFiles, tmp_path: P
     old = {name: value for name, value in now.items() if name != "code"} | {"source": "0d0275e9101b9f83"}
     folder = write_old(store, quantized.KIND, old)
     with pytest.raises(
-        MissingArtifactError, match=f"by this version of wanfast and torch .another version made {folder}, which"
+        MissingArtifactError, match=f"yet .only by another version of wanfast or torch: {folder}, which you may remove"
     ):
         expert.require()
     write_old(store, quantized.KIND, now)

@@ -80,7 +80,7 @@ def test_a_missing_tensor_is_named_as_the_files_name_theirs(tmp_path: Path) -> N
     edited(first, **{"shared.weight": None, "encoder.final_layer_norm.weight": None})
     with pytest.raises(CorruptArtifactError) as error:
         checkpoint.load(umt5("meta"), [first, second], network="umt5", layout="diffusers", ranks=Ranks("cpu"))
-    assert f"{tmp_path}: missing tensor 'encoder.final_layer_norm.weight' (1 in all)" in str(error.value)
+    assert f"{tmp_path}: missing tensor 'encoder.final_layer_norm.weight' (1 missing in all)" in str(error.value)
 
 
 def test_a_tensor_in_two_shards_is_an_error(weights: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ _UNPLANNED = "the server cannot plan this video; the server's log has the reason
 
 
 class Planner(Protocol):
-    """This class plans videos for loaded models."""
+    """This interface plans videos for loaded models; `Opened` implements it."""
 
     @property
     def asked(self) -> Mapping[str, Any]:
@@ -74,7 +74,10 @@ class Served:
 
     @property
     def total_frames(self) -> int:
-        """Returns the number of frames of the longest video: the larger of `joined_frames` and `frames`."""
+        """Returns the number of frames of the longest video: the larger of `joined_frames` and `frames`.
+
+        A request without a length gets `frames` frames, even if this is more than `most_frames`.
+        """
         return max(self.frames, self.joined_frames)
 
     @property

@@ -1,4 +1,4 @@
-"""Refuses two kinds of requests: requests with too large bodies, and requests from pages of other sites."""
+"""Refuses requests with too large bodies and, for a server without keys, requests from pages of other sites."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _ENCODED = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
 
 class Limits:
-    """This ASGI middleware refuses bodies that are too large, and requests from pages of other sites.
+    """This ASGI middleware refuses bodies that are too large; with `only_loopback`, also requests from other sites.
 
-    The middleware counts the bytes of a body, and does not rely on the headers. `only_loopback` must be true if the
-    server has no keys, because then a web page of another site could use the server from the user's browser. If
-    `only_loopback` is true, the middleware refuses two kinds of requests: requests whose Host is not a loopback
-    address, and requests whose Origin is not this Host. The middleware also adds `HEADERS` to every answer.
+    The middleware counts the bytes of a body, and does not rely on the headers. With `only_loopback`, it refuses two
+    more kinds of requests: requests whose Host is not a loopback address, and requests whose Origin is not this Host.
+    `only_loopback` must be true if the server has no keys. Otherwise, a web page of another site could use the server
+    from the user's browser. The middleware adds `HEADERS` to every answer.
     """
 
     def __init__(self, app: ASGIApp, most_bytes: int, *, only_loopback: bool) -> None:

@@ -64,7 +64,7 @@ class ServerSettings:
             ("--max-clips", self.max_clips, 1, 100),
         ):  # fmt: skip
             if not low <= value <= high:
-                raise ConfigError(f"{name} {value:g}: use {low:g} to {high:g}")
+                raise ConfigError(f"{name} {value:.15g}: use {low:.15g} to {high:.15g}")
 
     @property
     def database_url(self) -> str:
@@ -77,7 +77,7 @@ def serve(
     """Runs the server until SIGTERM or SIGINT.
 
     After the signal, the current video stops at its next step, and its job is queued again. A second signal ends the
-    process and its ranks at once; then another server makes the video, or this server after a restart.
+    process and its ranks at once. Then this server makes the video after a restart, or another server makes it.
     `defaults`: default options of `Handle.make` for all videos. `start`: the function that starts the ranks. Raises
     WanFastError.
     """
@@ -151,9 +151,10 @@ def parts_of(
 
 
 def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
-    """Plans a video with the server's default options, and returns the options of the same video with few steps.
+    """Returns the options of the warm-up video, which has the server's default options but few steps.
 
-    Raises WanFastError.
+    The same video with all its steps is planned first, so that options which no video can have are refused. Raises
+    WanFastError.
     """
     image: dict[str, Any] = {}
     if served.spec.takes_images:

@@ -4,7 +4,7 @@
 
 `claim` starts an attempt and names it. The worker must give this name with each later change of the running job. So an
 attempt that was cancelled or lost can no longer end the job, and a job ends exactly once. A cancelled job is a failed
-job with the code `cancelled`. An attempt is lost if its process ended, or did not renew the lease within LEASE_S
+job with the error code `cancelled`. An attempt is lost if its process ended, or did not renew the lease within LEASE_S
 seconds. The job of a lost attempt is queued again. After MOST_ATTEMPTS attempts that were lost, or whose ranks failed,
 the job fails.
 """
@@ -204,7 +204,7 @@ class Store:
             return connection.execute(select(func.count()).select_from(JOBS).where(before)).scalar_one()
 
     def overview(self, owner: str, most: int) -> Overview:
-        """Returns up to `most` unended jobs of an owner, and up to `most` ended jobs of the same owner."""
+        """Returns up to `most` jobs of an owner that have not ended, and up to `most` of the owner's ended jobs."""
         number, status, mine = JOBS.c.number, JOBS.c.status, select(JOBS).where(_visible(owner))
         order = (status, JOBS.c.priority.desc(), number)  # in_progress comes before queued
         with self._reading() as connection:
@@ -257,12 +257,16 @@ class Store:
             return connection.execute(select(JOBS.c.number).where(_held(job))).one_or_none() is not None
 
     def hold(self, job: StoredJob, stage: str, progress: int) -> bool:
-        """Renews the lease of an attempt and records its progress; returns whether the attempt still owns the job."""
+        """Renews the lease of an attempt, and records its stage and its progress in percent.
+
+        Returns False if the attempt no longer owns the job.
+        """
         return self._change(job, stage=stage, progress=progress, lease_until=self._lease())
 
     def complete(self, job: StoredJob, output: str, facts: Mapping[str, Any], keep_s: float) -> bool:
-        """Ends a job as completed, after its files are written; returns False if the attempt no longer owns the job.
+        """Ends a job as completed; returns False if the attempt no longer owns the job.
 
+        The caller must have written the files of the attempt before this call.
         `output`: the name of the attempt that made the files. `keep_s`: the seconds until the video expires.
         """
         now = time.time()
@@ -282,10 +286,10 @@ class Store:
         return self._change(job, **_queued(), attempts=job.attempts if counts else job.attempts - 1)
 
     def recover(self, *, all_lost: bool) -> int:
-        """Finds the running jobs with lost attempts, and returns how many jobs were found.
+        """Queues the jobs of lost attempts again, and returns the number of lost attempts.
 
-        These jobs are queued again. But if a job has no attempt left, this job fails. If `all_lost` is true, every
-        attempt counts as lost. Otherwise an attempt is lost if its lease has expired.
+        A job that has used all its MOST_ATTEMPTS attempts fails instead. If `all_lost` is true, every running attempt
+        counts as lost. Otherwise, an attempt is lost if its lease has expired.
         """
         expired = JOBS.c.lease_until < self._now()
         lost = and_(JOBS.c.status == "in_progress", true() if all_lost else expired)
@@ -298,7 +302,7 @@ class Store:
     def cancel(self, video: str, owner: str, *, deletes: bool = False) -> StoredJob | None:
         """Cancels a job; returns the job, or None if there is no such job.
 
-        A queued or running job ends, and its code becomes `cancelled`. A job that has already ended keeps its status.
+        A queued or running job ends with the error code `cancelled`. A job that has already ended keeps its status.
         If `deletes` is true, the owner can no longer see the job, and its prompt, other options and figures are
         removed. Then the job is returned as it was before the call.
         """
@@ -314,14 +318,17 @@ class Store:
             return StoredJob.of(connection.execute(select(JOBS).where(mine)).one())
 
     def outputs(self) -> set[str]:
-        """Returns the names of the attempts whose files are needed: those of readable videos and of running jobs."""
+        """Returns the names of the attempts whose files are needed.
+
+        These attempts are those that made a video which can still be downloaded, and those of running jobs.
+        """
         shown = and_(JOBS.c.output.is_not(None), JOBS.c.deleted.is_(False), JOBS.c.expires_at > time.time())
         with self._reading() as connection:
             rows = connection.execute(select(JOBS).where(or_(shown, JOBS.c.status == "in_progress"))).all()
         return {row.output or StoredJob.of(row).attempt for row in rows}
 
     def forget(self) -> None:
-        """Removes the rows of jobs whose video expired, or which failed, more than 30 days ago."""
+        """Removes the rows of old jobs: jobs that failed or whose video expired more than 30 days ago."""
         long_ago = time.time() - _HISTORY_S
         old = or_(JOBS.c.expires_at < long_ago, and_(JOBS.c.expires_at.is_(None), JOBS.c.completed_at < long_ago))
         with self._writing() as connection:

@@ -30,8 +30,8 @@ def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate
     """Returns for each step whether the negative prompt's branch runs.
 
     `gate`: the share of an expert's steps, counted from the expert's first step, in which the branch runs. The number
-    of these steps is rounded. It is at least 1, because the later steps reuse the difference of the two branches. If
-    the scale of an expert is 1, the branch runs in none of the expert's steps.
+    of these steps is rounded to a whole number of at least 1, because the later steps reuse the difference of the two
+    branches. If the scale of an expert is 1, the branch runs in none of the expert's steps.
     """
     left = {
         expert: max(1, round(gate * experts.count(expert))) if needs_unconditional(scales[expert]) else 0
@@ -45,9 +45,9 @@ def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate
 
 
 def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
-    """Returns a flat list of two steps for each expert whose guidance stops early.
+    """Returns the steps at which guidance stops early: a flat list with two steps for each such expert.
 
-    The two steps are the expert's last step with guidance and the next step. Steps count from 0.
+    The two steps are the expert's last step with guidance and the step after it. Steps count from 0.
     """
     return [
         step
@@ -71,11 +71,14 @@ class Guidance:
         self._differences: dict[Expert, Any] = {}
 
     def branches(self, step: int) -> tuple[Branch, ...]:
-        """Returns the branches that run in a step."""
+        """Returns the branches that run in a step, which counts from 0: the prompt's branch stands first."""
         return BRANCHES if self._guided[step] else BRANCHES[:1]
 
     def combine(self, step: int, velocities: Sequence[Any]) -> Any:
-        """Returns the guided velocity of a step; `velocities` has one element for each of the step's branches."""
+        """Returns the guided velocity of a step.
+
+        `velocities`: the predictions of the branches in `branches(step)`, in the same order.
+        """
         expert, scale = self._experts[step], self._scales[self._experts[step]]
         prompt, *negative = velocities
         if negative:

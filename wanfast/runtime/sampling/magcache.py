@@ -96,8 +96,8 @@ def plan_best(
 
     A skipped forward at step j reuses the residual of an earlier step i. The forward's error is |1 - p|, where p is the
     product of the ratios of the steps i+1 to j. The plan's error is the sum of the errors of its skipped forwards.
-    `settings` limits the number of skips in a row, and says which forwards always run; the threshold in `settings` is
-    ignored.
+    `settings` limits the number of successive skips of a branch, and says which forwards always run. The threshold in
+    `settings` is ignored.
     Joint skips come in pairs, so perhaps no plan skips exactly `skipped` forwards. Then ConfigError is raised if
     `exactly` is true; if `exactly` is false, the plan skips one forward less. ConfigError is always raised if
     `settings` allows fewer skips than `skipped`. Other arguments are those of `plan_skips`.
@@ -117,11 +117,12 @@ def plan_best(
         limits = f"--magcache-rule {settings.rule}, --magcache-k {settings.max_skips}"
         raise ConfigError(
             f"at most {most} forwards can be skipped with {limits} and --retention-ratio {settings.retention:g}, not "
-            f"{skipped}: skip fewer, or change these options"
+            f"{skipped}: use a smaller --magcache-skip or a larger --magcache-budget, or change these options"
         )
     if exactly and skipped not in counts:
         raise ConfigError(
-            f"the plan cannot skip {skipped} forwards, because both branches skip together: skip {skipped - 1}"
+            f"the plan cannot skip {skipped} forwards, because both branches skip together: use --magcache-skip "
+            f"{skipped - 1}"
         )
     skipped = max(count for count in counts if count <= skipped)
     _, of_first = min((error + others[skipped - n], n) for n, error in first.errors.items() if skipped - n in others)
@@ -133,7 +134,7 @@ def plan_best(
 def accumulated_error(ratios: Ratios, plan: Sequence[Skips]) -> float:
     """Returns the predicted error of a plan: the sum of the errors of all skipped forwards.
 
-    `plan_best` minimises this error.
+    `plan_best` defines the error of a forward, and minimises this sum.
     """
     total = 0.0
     for branch in (0, 1):
@@ -176,7 +177,7 @@ class _Cheapest:
         self.errors = {n: float(error) for n, error in enumerate(self._least[-1]) if error < np.inf}
 
     def steps(self, skipped: int) -> set[int]:
-        """Returns the steps to skip, so that `skipped` calls are saved."""
+        """Returns the steps whose skips save `skipped` calls (forwards) with the least error."""
         steps: set[int] = set()
         end = len(self._line)
         while end > 0:
@@ -236,7 +237,7 @@ class _SkipRow:
     skips: int = 0
 
     def after(self, ratio: float) -> _SkipRow:
-        """Returns the row that results when one more step, with this ratio, is skipped."""
+        """Returns this row of skips with one more skipped step, whose ratio is `ratio`."""
         product = self.product * ratio
         return _SkipRow(self.settings, product, self.error + abs(1 - product), self.skips + 1)
 
@@ -251,9 +252,10 @@ def resample(
     """Returns ratios for the steps `to`, computed from a curve's ratios for the steps `of`.
 
     A step is (expert, timestep). The steps of each expert are converted separately. For each branch, the ratios give
-    the residual's norm at each step. The logarithm of the norm is interpolated linearly over the timestep, and
-    extrapolated linearly beyond the known steps. So a step that is twice as long gets the product of two ratios. Raises
-    ConfigError if an expert has fewer than two known steps, or if a step is too far from the known steps.
+    the residual's norm at each step of `of`. The logarithm of the norm is interpolated linearly over the timestep, and
+    extrapolated linearly outside the timesteps of `of`. So a step that is twice as long gets the product of two ratios.
+    Raises ConfigError if `of` has fewer than two timesteps of an expert in `to`, or if a timestep of `to` is too far
+    from those of `of`.
     """
     if list(of) == list(to):
         return list(ratios)
@@ -261,9 +263,12 @@ def resample(
     for expert in dict.fromkeys(expert for expert, _ in to):
         known = [index for index, (running, _) in enumerate(of) if running == expert]
         timesteps = [timestep for running, timestep in to if running == expert]
-        if len({of[index][1] for index in known}) < 2:
-            here, words = len(timesteps), f"{expert.replace('_', '-')} expert"
-            raise ConfigError(f"the curve has {len(known)} steps of the {words}, too few to interpolate {here} steps")
+        if (num_known := len({of[index][1] for index in known})) < 2:
+            name = expert.replace("_", "-")
+            raise ConfigError(
+                f"the curve has too few steps of the {name} expert for an interpolation: {num_known}, but at least 2 "
+                "are needed"
+            )
         by_branch = [
             _resampled([ratios[index][branch] for index in known], [of[index][1] for index in known], timesteps)
             for branch in (0, 1)

@@ -67,12 +67,13 @@ class Step:
 class Levels:
     """Holds the noise level and the timestep of each step of a run.
 
-    `sigmas` has one element more than `timesteps`: the last element is 0, the noise level after the last step.
+    `sigmas` has one element more than `timesteps`: the last element is 0, the noise level after the last step. The
+    initial noise, which has variance 1, is multiplied by `start` before the first step.
     """
 
     sigmas: tuple[float, ...]  # float32 values
     timesteps: tuple[int, ...]
-    start: float = 1.0  # the noise is multiplied by it before the first step
+    start: float = 1.0
 
     def experts(self, boundary: float, switch_step: int | None = None) -> list[Expert]:
         """Returns the expert of each step.
@@ -88,8 +89,8 @@ class Levels:
 def grid(solver: Solver, num_steps: int, shift: float) -> Levels:
     """Returns the levels of `num_steps` steps; `shift` changes each level s to shift * s / (1 + (shift - 1) * s).
 
-    For the solver `rcm`, the first noise is multiplied by the first level, because the model expects a sample of this
-    scale. For the other solvers, it is not multiplied.
+    For the solver `rcm`, `start` of the result is the first level, because the model expects initial noise of this
+    scale. For the other solvers, `start` is 1.
     """
     # DPM++'s grid starts at pure noise. The others start one training step below it, at the float32 value of 0.999.
     start = 1.0 if solver == "dpm++" else float(np.float32(0.999))
@@ -98,10 +99,10 @@ def grid(solver: Solver, num_steps: int, shift: float) -> Levels:
 
 
 def listed(solver: Solver, sigmas: Sequence[float]) -> Levels:
-    """Returns the noise levels of the list `sigmas`, without a shift; the last step goes to 0.
+    """Returns the levels of one step for each noise level in `sigmas`, without a shift; the last step ends at level 0.
 
-    For the solvers `euler` and `rcm`, the first noise is multiplied by the first level, because the model expects a
-    sample of this scale. For the other solvers, it is not multiplied.
+    For the solvers `euler` and `rcm`, `start` of the result is the first level, because the model expects initial noise
+    of this scale. For the other solvers, `start` is 1.
     """
     return _levels(np.array(sigmas, dtype=np.float64), is_scaled=solver in ("euler", "rcm"))
 

@@ -103,10 +103,12 @@ class ArtifactStore:
     ) -> Artifact:
         """Calls `write(folder)` to fill a new folder, and publishes the folder completely or not at all.
 
-        All users who may read the store may read the folder. If the artifact exists already, `write` is not called, and
-        the result names the existing folder. If the existing folder is damaged, raises CorruptArtifactError; with
-        `damaged="miss"`, also compares hashes, removes a damaged folder and publishes a new one. Calls `waiting` if
-        another writer holds the lock. Raises ConfigError if the store cannot be written.
+        All users who may read the store may read the folder. `versions`: versions of packages, which the manifest
+        records; they are no part of the key. If the artifact exists already, `write` is not called, and the result
+        names the existing folder.
+        If the existing folder is damaged, this method raises CorruptArtifactError. With `damaged="miss"`, it also
+        compares the files' hashes, and replaces a damaged folder by a new one. Calls `waiting` if another writer holds
+        the lock. Raises ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)
         with writing_to(self.root):
@@ -124,7 +126,10 @@ class ArtifactStore:
         return Artifact(folder, made_here=True)
 
     def discard(self, kind: str, inputs: dict[str, Any]) -> None:
-        """Removes an artifact that is undamaged but useless. Raises ConfigError if the store cannot be written."""
+        """Removes an artifact that the caller cannot use, so that `publish` can store another one under its key.
+
+        Raises ConfigError if the store cannot be written.
+        """
         folder = self.path(kind, inputs)
         with writing_to(self.root), locked(folder.with_suffix(".lock")):
             if os.path.lexists(folder):

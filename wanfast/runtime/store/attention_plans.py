@@ -1,8 +1,8 @@
 """Finds the plans of attention that `wanfast calibrate-attention` stored: the density of each head, layer and band.
 
-The key of a plan holds all inputs in the key of a MagCache curve, and further inputs, such as --lists-every. Some of
-these inputs need not be equal in the calibration and in a run; `store.curves` lists them. If another input differs, the
-run refuses the plan, and the error names the command that makes a plan.
+The key of a plan is computed from the inputs of a MagCache curve's key and from further inputs, such as --lists-every.
+`store.curves` lists the inputs that may differ between the calibration and a run. If any other input differs, the run
+refuses the plan, and the error names the command that makes a plan.
 This module does not import torch.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import EffectiveConfig
-from wanfast.runtime.config.recipes import has_levels
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.densities import CHOICES, LADDER, Calibrated, Densities, bands_of
 from wanfast.runtime.facts.model_spec import DiTSpec
@@ -22,7 +21,14 @@ from wanfast.runtime.facts.sparsity import BLOCK
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
-from wanfast.runtime.store.curves import calibrate_command, curve_inputs, differences, in_words, steps_of_video
+from wanfast.runtime.store.curves import (
+    calibrate_command,
+    curve_inputs,
+    differences,
+    in_words,
+    levels_option,
+    steps_of_video,
+)
 from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import ModelFiles
 
@@ -31,11 +37,11 @@ PLAN = "plan.json"
 
 
 def plan_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
-    """Returns the inputs of a calibration on which its measurements depend.
+    """Returns the inputs on which the measurements of a calibration depend.
 
-    `set_digest` is the digest of the clips. The measurements are the errors of attention, and a plan is chosen from
-    them. The plan's key holds these inputs, the target error, and whether heads may be in float8. Raises
-    MissingArtifactError if weights are missing.
+    `set_digest` is the digest of the clips. The measurements are the errors of attention, and the calibration chooses
+    a plan by these errors. The plan's key is computed from the returned inputs, from the target error, and from whether
+    heads may be in float8. Raises MissingArtifactError if weights are missing.
     """
     inputs = curve_inputs(config, files, set_digest)
     code = digest_of_code("attention_calib/*.py", "runtime/facts/densities.py", "runtime/facts/sparsity.py")
@@ -53,7 +59,7 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
     if config.models.attention_plan is None:
         return config
     if config.video.levels is not None:
-        option = f"--recipe {config.models.recipe}" if has_levels(config.models.recipe) else "--sigmas"
+        option = levels_option(config)
         raise ConfigError(
             f"--attention-plan and {option} exclude each other, because a plan is calibrated with --steps and --shift: "
             f"use --density, or drop {option}"
@@ -72,7 +78,7 @@ def densities_of(config: EffectiveConfig, files: ModelFiles) -> Densities | None
 
 
 def densities_of_any_run(config: EffectiveConfig, dit: DiTSpec) -> Densities | None:
-    """Returns the densities of the plan whose key is --attention-plan, or None without this option.
+    """Returns the densities of the plan whose key --attention-plan gives, or None without this option.
 
     `wanfast warmup` uses this function: it reads no weights and has no --steps, so it cannot compare a plan with a run.
     The plan may be for other weights, steps or sizes. Raises WanFastError.

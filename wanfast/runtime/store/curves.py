@@ -3,9 +3,9 @@
 A preset is a curve that ships with the package. The key of a stored curve holds all inputs of its measurement, in two
 groups. The inputs of the first group must be equal in the measurement and in a run: both experts and their LoRAs; the
 facts, the precision, the scheme and TF32; the steps, the shift, the solver and the guidance; the size, the frames and
-whether there is a last image. If one of them differs, the run refuses the curve, and the error names the command that
-measures a new curve. With `--magcache-interpolate`, the steps and the shift may differ, because the ratios change
-smoothly.
+whether there is a last image. If an input of the first group differs, the run refuses the curve, and the error names
+the command that measures a new curve. With `--magcache-interpolate`, the steps and the shift may differ, because the
+ratios change smoothly.
 The inputs of the second group change a ratio only a little, and may differ: the set of clips, the VAE, UMT5, the
 negative prompt, the attention kernel, --compile, the code, the libraries and the device.
 This module does not import torch.
@@ -31,6 +31,7 @@ from wanfast.runtime.config import (
     magcache_settings,
 )
 from wanfast.runtime.config.option import options_of, words
+from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.config.skipping import default_rule
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Command, Expert, in_8_bits
@@ -89,13 +90,13 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
     is_list = config.video.levels is not None
     if is_list and not short and asked.magcache != "preset":
         raise ConfigError(
-            f"--magcache {asked.magcache} and --sigmas exclude each other, because a stored curve is measured with "
-            "--steps and --shift: use --magcache preset, or drop --magcache"
+            f"--magcache {asked.magcache} and {levels_option(config)} exclude each other, because a stored curve is "
+            "measured with --steps and --shift: use --magcache preset, or drop --magcache"
         )
     if is_list and asked.magcache_interpolate:
         raise ConfigError(
-            "--magcache-interpolate and --sigmas exclude each other, because a curve is interpolated only to --steps "
-            "and --shift: drop --magcache-interpolate"
+            f"--magcache-interpolate and {levels_option(config)} exclude each other, because a curve is interpolated "
+            "only to --steps and --shift: drop --magcache-interpolate"
         )
     answered = dataclasses.replace(
         asked,
@@ -110,6 +111,13 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
         return config
     folder, _ = _artifact(config, answered, files)
     return dataclasses.replace(config, skipping=dataclasses.replace(answered, magcache=folder.name))
+
+
+def levels_option(config: EffectiveConfig) -> str:
+    """Returns the option that gives a run its list of noise levels: --sigmas, or --recipe with the recipe's name."""
+    recipe = config.models.recipe
+    is_of_recipe = recipe is not None and config.video.sigmas == RECIPES[recipe].options.get("sigmas")
+    return f"--recipe {recipe}" if is_of_recipe else "--sigmas"
 
 
 def _or(value: T | None, default: T) -> T:
@@ -242,7 +250,8 @@ def _of_base_part(
     if num_base < 2 or of["solver"] != solver.removesuffix("-euler"):
         raise ConfigError(
             f"--magcache {curve.name}: its curve ({of['steps']} steps with {of['solver']} at shift {of['shift']:g}) "
-            f"does not fit the steps of --sigmas with {solver}, so that no step can be skipped: drop --magcache"
+            f"does not fit the steps of {levels_option(config)} with --solver {solver}, so that no step can be "
+            "skipped: drop --magcache"
         )
     if skipping and skipping.magcache_rule == "low-noise-only" and wanted[num_base - 1][0] == "high_noise":
         raise ConfigError(
@@ -269,7 +278,7 @@ def _is_ratio(value: object) -> bool:
 
 
 def steps_of(solver: Any, steps: int, shift: float, boundary: float) -> list[tuple[Expert, int]]:
-    """Returns (active expert, timestep) of each step of a grid."""
+    """Returns (active expert, timestep) of each step of the solver's grid with `steps` steps and this `shift`."""
     levels = grid(solver, steps, shift)
     return list(zip(levels.experts(boundary), levels.timesteps, strict=True))
 
@@ -385,7 +394,10 @@ def _found(
 
 
 def differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns {name: (stored value, wanted value)} of the inputs that differ, except those that always may differ."""
+    """Returns {name: (stored value, wanted value)} of the inputs that differ.
+
+    The set of clips and `measured_by` are not compared, because they may differ between a calibration and a run.
+    """
     return {
         name: (inputs.get(name), value)
         for name, value in wanted.items()
@@ -394,7 +406,7 @@ def differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tup
 
 
 def in_words(differences: dict[str, tuple[Any, Any]]) -> str:
-    """Returns a text that names each of the `differences` between an artifact's inputs and those of this run."""
+    """Returns the `differences` between an artifact's inputs and this run's inputs as one text for a message."""
     long = {"experts": "other experts", "loras": "other LoRAs", "facts": "other facts of the model"}
     long["last_image"] = "no last images" if differences.get("last_image", (None, None))[1] else "last images"
     return "; ".join(long.get(name, f"{name} {old}, this run has {new}") for name, (old, new) in differences.items())

@@ -110,8 +110,8 @@ class NamedExpert:
     def check(self, scheme: Scheme | None, loras: Iterable[Lora], option: str, without: str) -> None:
         """Raises WanFastError if the path's name mentions the other expert, or if `scheme` would round weights twice.
 
-        `loras` are merged into the weights before these are quantized. `option` is the option that gives the scheme.
-        `without` is a fix that avoids the scheme, such as "drop --quantize".
+        `loras`: the LoRAs that are merged before the merged weights are quantized. `option`: the option that gives the
+        scheme. `without`: a fix that avoids the scheme, such as "drop --quantize", for the error's message.
         """
         if (named := expert_in(self.path.name)) not in (None, self.expert):
             fix = f"use {flag(f'{named}_expert')}, or rename the file"
@@ -134,7 +134,7 @@ def named_experts(config: NamesExperts) -> tuple[NamedExpert, ...]:
 
 
 def identified(models: ModelsConfig) -> ModelsConfig:
-    """Checks the experts and LoRAs that a config names, and returns the config with their hashes.
+    """Checks the files of experts and LoRAs that a config names, and returns the config with the hashes of these files.
 
     The checks read only the names and the headers of the files. Raises ConfigError or CorruptArtifactError.
     """

@@ -44,9 +44,10 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def snapshots(model: PublishedModel, layout: Layout) -> Iterator[Path]:
-    """Yields a model's cache folder for the pinned commit, and then the model's cache folder for the branch `main`.
+    """Yields one or two folders of the cache in which a model's published weights may lie.
 
-    Both folders may hold the published weights, and both may be missing.
+    The first folder is that of the pinned commit. The second folder is that of the branch `main`; it is left out if the
+    cache does not know the branch. Each folder may be missing.
     """
     repo = REPOS[model][layout]
     yield snapshot_of(repo, PINNED[repo])

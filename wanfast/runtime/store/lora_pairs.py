@@ -50,7 +50,7 @@ def folder_of(name: str, artifacts: Path) -> Path:
 
 
 def words_of(name: str, artifacts: Path, experts: tuple[Expert, ...] = EXPERTS) -> str:
-    """Returns the options that name the LoRAs of a pair on the command line."""
+    """Returns the part of a command line that names the LoRAs of a pair: an option and a file for each expert."""
     files = {expert: folder_of(name, artifacts) / PAIRS[name].files[expert] for expert in experts}
     return " ".join(f"{flag(f'lora_{expert}')} {shlex.quote(str(file))}" for expert, file in files.items())
 

@@ -89,7 +89,8 @@ def inputs_of(loras: Iterable[Lora], expert: Expert) -> list[list[str | float]]:
 def find_loras(named: NamesLoras, artifacts: Path) -> tuple[Lora, ...]:
     """Returns the LoRAs that a config names, with their hashes, in the order in which they are merged.
 
-    Checks what the files' names and headers tell. Raises ConfigError or CorruptArtifactError.
+    The names and the headers of the files are checked: each file must hold a LoRA, and must not be for another expert
+    than its option. Raises ConfigError or CorruptArtifactError.
     """
     return tuple(
         Lora(option, file, strength, _checked(option, file, artifacts)) for option, file, strength in _given(named)
@@ -126,7 +127,7 @@ class LoraHeader:
     def of_expert(self, expert: Expert) -> list[str]:
         """Returns the keys of the tensors for one expert.
 
-        If the file's keys do not say which expert they are for, returns all keys.
+        If no key says that its tensor is for the low-noise expert, returns all keys for each expert.
         """
         second = [key for key in self.tensors if key.startswith(_SECOND)]
         if expert == "low_noise" and second:
@@ -188,7 +189,7 @@ def expert_in(name: str) -> Expert | None:
 
 
 def lora_notes(models: ModelsConfig) -> list[str]:
-    """Returns a note for each LoRA file with tensors that are dropped."""
+    """Returns a note for each LoRA file whose tensors for CLIP image features are dropped."""
     headers = [(lora, read_header(lora.file, lora.flag)) for lora in loras_of(models)]
     return [
         f"{lora.flag} {lora.file.name}: the tensors for Wan2.1's CLIP image features ({header.num_dropped} in all) "

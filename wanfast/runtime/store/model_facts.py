@@ -53,10 +53,10 @@ class Places:
 def read_spec(root: Path, places: Places, published: ModelSpec = A14B) -> ModelSpec:
     """Reads a model's facts from its wanfast.json.
 
-    If this file is missing, the config files of the model's layout give most sizes, and a model_index.json the noise
-    boundary. All other facts are then those of `A14B` if the model takes images, and those of `T2V_A14B` if it does
-    not. If the config file of the transformer is missing too, all other facts are those of `published`. Raises
-    CorruptArtifactError, which names the file and the key.
+    If wanfast.json is missing, other files give some facts: the config files of the model's layout give most sizes, and
+    model_index.json gives the noise boundary. The remaining facts are those of `A14B` if the model takes images, or
+    those of `T2V_A14B` if it takes none. If the config file of the transformer is missing too, the remaining facts are
+    those of `published`. Raises CorruptArtifactError, which names the file and the key.
     """
     if document := _read_facts(root / _FACTS_FILE):
         return _checked(root / _FACTS_FILE, document, lambda facts: _with_defaults(ModelSpec.from_json(facts)))

@@ -153,9 +153,9 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
     """Locates the model that `--model` names, and reads its facts; `experts` replace the experts of this model.
 
     If the weights of a published model are missing, the result has `exists` False. For any other missing folder, raises
-    MissingArtifactError, or ConfigError if the name is similar to that of a known model. Raises ConfigError if the
-    folder has no model of a known kind, or is a file. Raises CorruptArtifactError if the model's facts are damaged or
-    contradict each other.
+    MissingArtifactError, or ConfigError if the name is similar to that of a known model. Raises ConfigError if `model`
+    is a file, or a folder without a model of a known kind. Raises CorruptArtifactError if the model's facts are damaged
+    or contradict each other.
     """
     artifacts, published = Path(artifacts_dir).absolute(), A14B
     check_root(artifacts)
@@ -208,7 +208,7 @@ def _check_channels(model: str, spec: ModelSpec) -> None:
     if spec.dit.in_channels != (from_images if spec.takes_images else min(latents, from_text)):
         raise ConfigError(
             f"--model {model}: its transformer reads {spec.dit.in_channels} channels, but videos from images need "
-            f"{from_images}, and videos from text alone {from_text}: use an I2V or a T2V model of the A14B kind"
+            f"{from_images}, and videos from text alone need {from_text}: use an I2V or a T2V model of the A14B kind"
         )
 
 

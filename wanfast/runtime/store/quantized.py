@@ -62,7 +62,8 @@ class QuantizedExpert:
     def inputs(self, torchao: str | None, device: str | None) -> dict[str, Any]:
         """Returns all inputs of the artifact's key.
 
-        For the scheme bf16, `device` is not in the key, because all devices cast to the same values.
+        `torchao`: the version of torchao that quantizes, or None for the scheme bf16. `device`: the kind of device that
+        quantizes. For the scheme bf16, `device` is not in the key, because all devices cast to the same values.
         """
         loras = inputs_of(self.loras, self.expert)
         return {
@@ -104,9 +105,9 @@ class QuantizedExpert:
             others = ", ".join(sorted(self._versions(), key=_release))
             why = f" (only with torchao {others}, but {torchao_version()} is installed)" if others else ""
             if older := self._of_another_wanfast():
-                made = f"another version made {', '.join(older)}, which you may remove"
-                why = f" by this version of wanfast and torch ({made})"
-            raise MissingArtifactError(f"{self.expert} is not quantized with {self.scheme} yet{why}: run `{self.fix}`")
+                why = f" (only by another version of wanfast or torch: {', '.join(older)}, which you may remove)"
+            name = f"the {self.expert.replace('_', '-')} expert"
+            raise MissingArtifactError(f"{name} is not quantized with {self.scheme} yet{why}: run `{self.fix}`")
         return folder
 
     @property
@@ -159,8 +160,9 @@ def require_experts(
 ) -> None:
     """Raises WanFastError if a quantized expert that --quantize needs is missing; the error names the command to run.
 
-    With --quantize-on-the-fly, no stored expert is needed, but torchao must be installed. `known` holds the artifacts
-    that earlier calls found. This function adds to `known` what it finds, so that no artifact is hashed twice.
+    With --quantize-on-the-fly, no stored expert is needed, but torchao must be installed. `known` holds a pair for each
+    artifact that an earlier call found: (the artifact, whether its hashes were compared). This function adds the pairs
+    that it finds to `known`, so that no artifact is hashed twice.
     """
     if models.quantize_on_the_fly:
         require_torchao("--quantize-on-the-fly")

@@ -22,7 +22,7 @@ def shards_in(folder: Path) -> list[Path]:
 def indexed_shards(index: Path) -> list[Path]:
     """Returns the paths of the shards that a safetensors index file names.
 
-    Raises CorruptArtifactError if a shard is outside the folder of the index file.
+    Raises CorruptArtifactError if the index file is damaged, or names a shard outside its own folder.
     """
     weight_map = read_object(index, AGAIN).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []

@@ -1,7 +1,7 @@
 """Lets several users share the artifacts folder: files and locks get the permissions (mode) of their folder.
 
-The umask (or a default ACL) decides the mode of a new folder. Some libraries ignore both: safetensors writes files that
-only their owner can read. So files that a library wrote are given the mode of the folder that holds them.
+The umask (or a default ACL) decides the mode of a new folder. Some libraries ignore umask and ACL: safetensors writes
+files that only their owner can read. So files that a library wrote are given the mode of the folder that holds them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def share(folder: Path) -> None:
 
 
 def lock_of(path: Path, timeout: float = -1) -> FileLock:
-    """Returns the file lock `path`; every user who may write to the folder of `path` can take this lock."""
+    """Returns the lock of the lock file `path`, which every user who may write to the folder of `path` can take.
+
+    `timeout`: the seconds for which a caller waits for the lock; -1 means without limit.
+    """
     return FileLock(path, timeout=timeout, mode=stat.S_IMODE(path.parent.stat().st_mode) & _FILE | 0o600)
 
 

@@ -2,8 +2,8 @@
 
 The matrix products of the experts and of UMT5 have the dtype of `--precision`. The VAE's encoder is always float32, and
 its decoder has the dtype of `--vae-precision`. A sharded model is sharded while on the meta device, so that a rank
-reads and holds only its own rows. An unsharded expert fuses its projections q, k and v into one linear
-layer, unless ranks share the tokens in every forward.
+reads and holds only its own rows. An unsharded expert fuses its projections q, k and v into one linear layer. The
+projections stay separate if the tokens of every forward are split among ranks.
 """
 
 from __future__ import annotations

@@ -57,7 +57,10 @@ class Reader(Protocol):
         ...
 
     def rows(self, key: str, first: int, end: int) -> Tensor:
-        """Returns the rows first..end-1 along dim 0 as they are stored, on the CPU; a scalar is returned whole."""
+        """Returns the rows first..end-1 along dim 0, on the CPU and without the scales; a scalar is returned whole.
+
+        The dtype is the stored one, except for a GGUF file, whose rows are dequantized to float32.
+        """
         ...
 
     def scales(self, key: str, first: int, end: int) -> Tensor | None:
@@ -204,7 +207,7 @@ class TensorRows:
     def taken(self, first: int, end: int, scheme: Scheme) -> tuple[Tensor, Tensor] | None:
         """Returns the stored (8-bit values, scales) of the rows first..end-1, or None if they cannot be used unchanged.
 
-        They can be used if the file's 8-bit numbers are those of the scheme, and nothing is merged into the tensor.
+        The values can be used if they have the scheme's 8-bit dtype, and nothing is merged into the tensor.
         """
         if self.merge is not unmerged:
             return None
@@ -353,7 +356,7 @@ def _match(wanted: Mapping[str, _Wanted], source: _Source) -> dict[Path, dict[st
         where = files[0] if len(files) == 1 else files[0].parent
         key = rename_back(network, layout, missing[0])
         raise CorruptArtifactError(
-            f"{where}: missing tensor {key!r} ({len(missing)} in all): download {where.name} again"
+            f"{where}: missing tensor {key!r} ({len(missing)} missing in all): download {where.name} again"
         )
     return places
 

@@ -66,7 +66,7 @@ class ResidentExperts:
     GPU memory.
     `may_move`: False disables eviction. `may_move` must be False if several ranks replay captured graphs that contain
     collectives. After an eviction, a rank would have to capture its graphs again, while the other ranks would replay
-    their graphs.
+    their graphs. Then the collectives of the ranks would not match.
     """
 
     def __init__(self, experts: dict[Expert, WanDiT], device: str, *, may_move: bool = True) -> None:

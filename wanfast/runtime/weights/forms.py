@@ -42,7 +42,7 @@ class Source(TypedDict):
 def source_of(files: ModelFiles, expert: Expert, ranks: int = 1) -> Source:
     """Returns the source of an expert: the files that an option names, or else the files in the model's folder.
 
-    `ranks`: how many ranks read at the same time; they share the cores. Raises WanFastError.
+    `ranks`: how many ranks read at the same time; they share the CPU cores. Raises WanFastError.
     """
     named = files.named(expert)
     if named is None:

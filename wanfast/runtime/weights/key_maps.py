@@ -1,4 +1,4 @@
-"""Maps tensor names of both public layouts (original, Diffusers) to our names; each model and layout has a table.
+"""Maps tensor names of both public layouts (original, Diffusers) to our names; each network and layout has a table.
 
 A table lists pairs (module path in the layout, our module path), where `{i}` stands for any index. Each table can be
 read in both directions. Our names are those of the original layout, except for the VAE: its original names are only

@@ -32,7 +32,7 @@ def is_quantized(name: str) -> bool:
 
 
 def quantize_linears(model: WanDiT, scheme: Scheme, dtype: torch.dtype) -> None:
-    """Replaces linear layers of `model` by layers that are quantized with the 8-bit `scheme`.
+    """Replaces the linear layers in the blocks of `model` by layers that are quantized with the 8-bit `scheme`.
 
     `model` is on the meta device. The biases of the new layers have the dtype `dtype`.
     """
