@@ -110,7 +110,7 @@ def test_each_file_of_the_code_changes_the_key(
     assert len(keys) == 2
 
 
-def digest_after_a_change(changed: str | None, *patterns: str) -> str:
+def digest_after_a_change(changed: str | None, *patterns: str, words: bool = False) -> str:
     is_changed = changed is not None and any(map(PurePath(changed).match, patterns))
     return "changed" if is_changed else "digest"
 
@@ -163,6 +163,45 @@ def test_the_digest_of_code_sees_content_and_names(tmp_path: Path, monkeypatch: 
     assert digest("*.py") != first
     with pytest.raises(AssertionError, match=r"no file is named gone\.py"):
         digest("gone.py")
+
+
+DOCUMENTED = '''"""A module.
+
+Its text.
+"""
+
+import os  # for the name
+
+
+class A:
+    """A class."""
+
+    text = """No docstring # nor a comment."""
+
+    def b(self) -> str:
+        """A method."""
+        # why
+        return "c"
+'''
+BARE = '''import os
+class A:
+    text = """No docstring # nor a comment."""
+    def b(self) -> str:
+        return "c"
+'''
+
+
+def test_other_words_are_the_same_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments and docstrings are left out, and other strings are not; caches of compiled code count every line."""
+    assert code.without_words(DOCUMENTED) == BARE
+    monkeypatch.setattr(code, "_PACKAGE", tmp_path)
+    digest = code.digest_of_code.__wrapped__
+    digests, whole = set(), set()
+    for text in (DOCUMENTED, BARE, BARE.replace("nor a", "or a")):
+        (tmp_path / "a.py").write_text(text)
+        digests.add(digest("a.py"))
+        whole.add(digest("a.py", words=True))
+    assert len(digests) == 2 and len(whole) == 3
 
 
 @pytest.mark.parametrize("kind", ["prompt_embeds", "magcache", "quantized"])

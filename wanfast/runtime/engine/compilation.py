@@ -135,7 +135,7 @@ def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int, exact: Att
             "triton": version_of("triton"),
             "cuda": torch.version.cuda,
         },
-        "sources": digest_of_code(*_CODE),
+        "sources": digest_of_code(*_CODE, words=True),
     }
 
 
