@@ -169,7 +169,7 @@ def test_a_continuation_holds_the_old_video_and_from_repeats_it(wanfast: Wanfast
     [
         (["--size", "64x64"], "--size 64x64: the video of --continue-from has 64x48 pixels, and its continuation must"),
         (["--fps", "16"], "--fps 16: the video of --continue-from has 12 frames per second, and its continuation must"),
-        (["--fit", "pad"], "--fit pad: --continue-from gives no image that must be fitted: drop --fit"),
+        (["--fit", "pad"], "--fit pad: with --continue-from, only a last image can be fitted: drop --fit"),
         (["--image", "cat.png"], "--image and --continue-from both say where the video starts: drop one of the two"),
         (["--continue-from", ""], "--continue-from : has an empty value: give an mp4 file"),
         (["--frames", "1"], "--continue-from: a clip begins with the last frame of the clip or video before"),

@@ -3,7 +3,8 @@
 Three steps prepare q, k and v for the rounding. In exact arithmetic, none of these steps changes the result.
 * A constant vector of each head is subtracted from all keys: softmax does not change.
 * A constant vector of each head is subtracted from all values, and added to the output: the rows of softmax sum to 1.
-* Queries and keys are multiplied by the same Hadamard matrix, which spreads large values of a few channels over all.
+* Queries and keys are multiplied by the same Hadamard matrix, which spreads large values of a few channels over
+  all channels.
 The constants are means over tokens: over at least 4096 of them, or over all tokens of a short video. A constant must be
 the same for all tokens of a head, so the ranks of Ulysses add up their sums before they quantize.
 
@@ -13,7 +14,7 @@ because float8 keeps its relative precision down to 1/28,672 of its largest numb
 number in v over all ranks.
 
 Shapes: B batch, L tokens, S sampled tokens, H heads, D head dim, d = H D. Sources: FlashAttention-3 (arXiv 2407.08608)
-section 3.3 for float8 and the rotation; DeepSeek-V3 (arXiv 2412.19437) section 3.3.2 for the sums of tensor cores.
+section 3.3 for float8 and the Hadamard matrix; DeepSeek-V3 (arXiv 2412.19437) section 3.3.2 for sums on tensor cores.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class Fp8Heads(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """Holds the scale of each head for q, k and v, and what is subtracted from k and v, all in float32."""
+    """Holds each head's scales, by which q, k and v are divided, and the constants that are subtracted from k and v.
+
+    All tensors are float32.
+    """
 
     scales: Tensor  # [3, H]
     k_centre: Tensor  # [H, D], rotated like k
@@ -68,23 +72,25 @@ class Scaling(NamedTuple):
 
 
 def sampled_rows(first: int, count: int, num_tokens: int) -> slice:
-    """Returns the rows of a rank's sampled tokens; k and v are averaged over the sampled tokens of all ranks.
+    """Returns, as a slice, which of a rank's tokens are sampled for the means of k and v.
 
-    The rank has `count` tokens of the video's `num_tokens`, from token `first` on, counted from 0. Tokens are sampled
-    by their index in the whole video. So all ranks together sample the tokens that a single rank would sample.
+    `first`: the index in the whole video of the rank's first token, counted from 0. `count`: the number of the rank's
+    tokens. `num_tokens`: the number of the video's tokens. All ranks together sample the tokens that a single rank
+    would sample.
     """
     every = max(1, num_tokens // _SAMPLED)
     return slice(min(count, -first % every), count, every)
 
 
 def statistics(k_SHD: Tensor, v_BLd: Tensor, rows: slice) -> Tensor:
-    """Returns [5, d] float64: sums of k and v over sampled tokens, the number of these tokens, and v's extremes.
+    """Returns this rank's statistics of k and v, [5, d] float64, with five numbers for each of the d channels.
 
-    Each of the five rows has one value for each of the d channels. The extremes are the least and the largest v over
-    all tokens of this rank. `k_SHD` holds the sampled tokens' keys, after norm and rotary embedding; `rows` are the
-    places of the sampled tokens in `v_BLd`. A float64 holds the sums of these bf16 values exactly, so that neither the
-    order of the summands nor the number of ranks changes a sum.
+    The five numbers are: the sum of k, the sum of v, the number of tokens in each sum, the least v and the largest v.
+    The sums are over the sampled tokens. The least and the largest v are over all tokens of this rank.
+    `k_SHD`: the keys of the sampled tokens, after norm and rotary embedding. `v_BLd`: the values of all tokens of this
+    rank; B is 1. `rows`: the slice of `v_BLd` that holds the sampled tokens, from `sampled_rows`.
     """
+    # A float64 holds these sums of bf16 values exactly, so neither their order nor the number of ranks changes a sum.
     v_Ld = v_BLd[0]
     found = v_Ld.new_empty(5, v_Ld.shape[1], dtype=torch.float64)
     for row, x_Sd in enumerate((k_SHD.flatten(1), v_Ld[rows])):
@@ -186,12 +192,9 @@ def _descales(heads: Fp8Heads) -> dict[str, Tensor]:
 def emulated(heads: Fp8Heads) -> Tensor:
     """Emulates on any device what FlashAttention-3 computes on a Hopper GPU: [B, L, H, D] in float32.
 
-    The caller must still add `v_centre` to the result.
-
-    The exponentials P of the scores are rounded to float8. The sums of P V lose bits, as on a tensor core: in a long
-    row, each product is much smaller than the sum so far, and its low bits are cut off. If all values of v have a
-    common offset, all losses have the same sign. The GPU's rounding is not documented. The rounding of this function
-    gives nearly the errors that were measured on a GPU, with an offset and without one.
+    The caller must still add `v_centre` to the result. The result has nearly the errors that were measured on a GPU.
+    These errors have two sources: the exponentials of the scores are rounded to float8, and the sums over the keys lose
+    their low bits.
     """
     q, k, v = (rearrange(x.float(), "B L H D -> (B H) L D") for x in heads[:3])
     q_scale, k_scale, v_scale = (s.repeat(heads.q.shape[0])[:, None, None] for s in heads.scales)
@@ -214,6 +217,8 @@ def _emulated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _added(total: Tensor, addend: Tensor) -> Tensor:
     """Adds as a tensor core: both numbers lose the bits that are too small for the larger one of them."""
+    # The rounding of a GPU is not documented. If the values of v have a common offset, all losses have the same sign.
+    # This rounding gives nearly the measured errors, with an offset and without one.
     exponent = torch.frexp(torch.maximum(total.abs(), addend.abs())).exponent
     unit = torch.ldexp(torch.ones_like(total), exponent - _BITS)
     return ((total / unit).trunc() + (addend / unit).trunc()) * unit

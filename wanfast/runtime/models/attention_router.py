@@ -1,14 +1,17 @@
 """The router lists, for each head and each block of queries, the blocks of keys to which the queries attend.
 
-The share of a block of keys in the softmax is estimated from means. Queries and keys are averaged over quarters of a
-block. The score of a pair of blocks is the log of the sum of exp over its 16 pairs of quarters. Quarters reveal a
-strong key that the mean of a whole block would hide. Each list has the blocks with the largest scores. Of blocks with
-equal scores, the block with the smaller index comes first. Each list also has the block of the queries themselves,
-and the blocks of the latent frames that hold given images: the first frame, and in some videos the last one.
+Each list has the blocks of keys with the largest scores. Of blocks with equal scores, the block with the smaller index
+comes first. Each list also has the block of the queries themselves, and the blocks of the latent frames that hold given
+images: the first frame, and in some videos the last one.
+
+A score estimates the share of a block of keys in the softmax of a block of queries. Each block is divided into four
+quarters, and each quarter is replaced by the mean of its queries or keys. A pair of blocks then has 16 attention
+scores, one for each pair of quarters. The score of the pair of blocks is the logsumexp of these 16 attention scores.
+Quarters reveal a strong key that the mean of a whole block would hide.
 On a GPU, a Triton kernel computes the scores of all heads; in all other cases, plain PyTorch does, a head at a time.
-Cost: 16 / block^2 of the products of dense attention, and a sort. Memory at 75,600 tokens and 40 heads: 0.3 GB while
-the scores are sorted. (For comparison, the result of attention takes 0.8 GB in bf16.) Limit: the choice is only an
-estimate; `attention_check` measures the error of the result.
+Cost: 16 products for each pair of blocks (dense attention needs block^2), and a sort. Memory at 75,600 tokens and 40
+heads: 0.3 GB while the scores are sorted. (For comparison, the result of attention takes 0.8 GB in bf16.) Limit: the
+choice is only an estimate; `attention_check` measures the error of the result.
 
 Shapes: B batch, L tokens, H heads, D head dim, N blocks, W entries of the longest list, S quarters of blocks.
 """
@@ -86,8 +89,8 @@ def choice_scores(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int,
 def block_scores(q_BLD: Tensor, k_BLD: Tensor, block: int) -> Tensor:
     """Returns a score for each pair of a block of queries and a block of keys, [B, N, N] in float32.
 
-    The score estimates the log of the share that the keys have in the softmax of the queries, plus a constant. For
-    one block of queries, the constant is the same for all blocks of keys. So the constant does not change their order.
+    For each block of queries, the scores put the blocks of keys into the order of their estimated shares in the
+    softmax. A score is the log of such a share, plus a constant of the block of queries.
     """
     part = block // _PARTS
     q, k = _means(q_BLD, part), _means(k_BLD, part)

@@ -62,10 +62,9 @@ def _by_fa4(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, block: int) -> T
 def emulated(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
     """Computes `block_sparse_attention` in plain PyTorch, on any device and in any dtype; no list may be empty.
 
-    Two heads are computed together only if their longest lists have the same length. Otherwise the shorter lists would
-    be padded to the longest list, and padding may change the last bits of a result. So no bit of a head's result
-    depends on the lists of the other heads.
+    The result of a head does not depend on the lists of other heads, not even in its last bits.
     """
+    # Padding of a list may change the last bits. So heads are computed together only if no list must be padded for it.
     out, longest = torch.empty_like(q_BLHD), lists.counts.amax((0, 2))
     for count in set(longest.tolist()):
         heads = (longest == count).nonzero().flatten()

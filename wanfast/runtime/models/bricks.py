@@ -2,13 +2,14 @@
 
 In raster order, 128 successive tokens are a strip of one frame. In brick order, they are a box of 2 x 8 x 8 tokens. The
 tokens of such a box need almost the same keys. So sparse attention can choose or drop all tokens of a box together.
-The order is an exact permutation, so that dense attention gives the same result in both orders, except for the rounding
-of sums.
+Dense attention gives the same result in both orders, except for the rounding of sums.
+
 The first latent frame holds the given image, and forms bricks of its own. For example, 21 frames form one layer of
 bricks with 1 frame, and ten layers of bricks with 2 frames. If a last image is given, the last latent frame forms
-bricks of its own too. In a layer with fewer frames, bricks are wider. Bricks at the end of an axis are smaller if the
-grid is not a multiple of the brick. The path through the bricks reverses its direction at each edge of the grid. So
-consecutive bricks always touch, and the tokens of a block that spans two bricks are neighbours too.
+bricks of its own too. Bricks with 1 frame have twice as many columns as bricks with 2 frames. If the grid is not a
+multiple of the brick, the bricks at the end of an axis are smaller.
+Each brick touches the next brick in the order, because the order changes its direction at each edge of the grid. So the
+tokens of a block are neighbours even if the block lies in two bricks.
 
 Shapes: L tokens = T*Y*X of the token grid (T frames, Y rows, X columns).
 """

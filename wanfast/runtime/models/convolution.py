@@ -1,14 +1,15 @@
-"""Convolves channels-last clips; on a GPU, uses the fastest cuDNN engine for each shape, and fuses the bias.
+"""Convolves channels-last clips; on a GPU, uses the fastest cuDNN engine for each shape, which also adds the bias.
 
-torch takes the first engine that cuDNN's heuristics name, and adds the bias in a separate pass. For the VAE's shapes on
-Hopper, another engine takes half of that engine's time. So this module builds a graph with cuDNN's front end: one
-kernel computes product and bias, and rounds once. When a shape is first used, each engine is timed on tensors of this
-shape, and the fastest is chosen. Three kinds of engines are left out: those that are not deterministic, those
-that compile at run time (seconds each), and those that need more than 256 MiB of workspace.
+An engine is one of the kernels that cuDNN's front end offers for a convolution. When a shape is first used, this module
+times each engine on tensors of this shape, and chooses the fastest one. For the VAE's shapes on Hopper, the fastest
+engine needs half the time of the engine that torch chooses. The engine also adds the bias, and rounds once; torch adds
+the bias in a separate pass. Three kinds of engines are left out: those that are not deterministic, those that compile
+at run time (seconds each), and those that need more than 256 MiB of workspace.
 
 Engines sum in different orders, so another engine may change the last bits. To get the same bits again, store
 `chosen()` and pass it to `choose()` in the next process. torch's own convolution is used in each of these cases: on a
-CPU; for float32 without TF32; if gradients are enabled; if the front end is not installed; if it has no engine.
+CPU; for float32 without TF32; if gradients are enabled; if the front end is not installed; if the front end offers no
+engine.
 
 Shapes: B batch, C channels, T frames, h w any grid; the memory of a clip is [B, T, h, w, C].
 """
@@ -47,10 +48,11 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: Triple = (1, 1,
 
 
 def padded_channels(channels: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Returns how many channels a convolution's input should have in memory, so that cuDNN engines do not copy it.
+    """Returns how many channels the input of a convolution should have in memory, if it needs `channels` channels.
 
-    On a GPU with cuDNN's front end, `channels` is rounded up, so that the channels of one position fill a multiple of
-    16 bytes. In other cases, the number is `channels`.
+    On a GPU with cuDNN's front end, the result is `channels` rounded up: the channels of one position then take a
+    multiple of 16 bytes. Without these additional channels, cuDNN's engines would copy the input. In all other cases,
+    the result is `channels`.
     """
     if device.type != "cuda" or not HAS_FRONT_END:
         return channels
@@ -76,7 +78,10 @@ def forget_uses() -> None:
 
 
 def choose(engines: Mapping[str, str]) -> None:
-    """Sets the engine of each shape in `engines` {shape: engine}; engines that were found before are replaced."""
+    """Makes this process use the engines in `engines`, a {shape: engine} that `chosen` returned.
+
+    If this process has already chosen an engine for one of these shapes, the new engine replaces it.
+    """
     changed = {shape for shape, name in engines.items() if _chosen.get(shape, name) != name}
     _chosen.update(engines)
     for problem in [each for each in _graphs if each.name in changed]:

@@ -1,8 +1,8 @@
-"""These operators let a compiled block call the lossy attention of the running video.
+"""These operators let a compiled block call lossy attention, which is sparse attention or attention in float8.
 
-Which calls are lossy, and how, changes from step to step and from layer to layer. A graph that contained this choice
-would be compiled again for each change. So a graph contains only an operator, and the operator calls the object that
-the function `run` has set.
+Steps and layers of a video differ in their attention. A graph that contained the attention of one step would be
+compiled again for the next step. So a graph contains only an operator, and the operator calls the object that the
+function `run` has set.
 
 Shapes: B batch (1), L tokens, H heads, D head dim.
 """
@@ -17,7 +17,10 @@ from wanfast.runtime.models.operators import opaque
 
 
 class Running(Protocol):
-    """This interface computes the self-attention of the layer that runs, and measures the error of the result."""
+    """This interface computes lossy self-attention and measures its error; this module's operators call it.
+
+    An implementation knows which step and which layer run now.
+    """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns the attention [B, L, H, D] of the queries q to the keys k; v are the values."""
@@ -45,16 +48,17 @@ def run(lossy: Running | None) -> None:
 
 @opaque("wanfast::lossy_attention", shape=lambda q, k, v: q.new_empty(q.shape))
 def lossy_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Returns the attention of the running layer, [B, L, H, D]."""
+    """Returns the attention [B, L, H, D] of q, k and v, as the object that `run` has set computes it."""
     assert _running is not None, "no video was started"
     return _running.attend(q, k, v).contiguous()
 
 
 @opaque("wanfast::check_attention", shape=lambda q, k, v, out, errors: None, mutates=("errors",))
 def check_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, errors: Tensor) -> None:
-    """Writes the error of each head of the running layer into `errors` [H].
+    """Writes each head's relative error, compared with exact attention, into `errors` [H].
 
-    The error is written into an argument, because a compiled graph would drop an operator whose result nobody uses.
+    `out` is the attention whose error is measured. `out`, q, k and v are [B, L, H, D].
     """
+    # The errors are written into an argument, because a compiled graph would drop an operator whose result nobody uses.
     assert _running is not None, "no video was started"
     errors.copy_(_running.check(q, k, v, out))

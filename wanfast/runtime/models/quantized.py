@@ -77,10 +77,9 @@ class QuantizedLinear(nn.Module):
 
 
 def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns x W^T + bias [B, L, N] in the dtype of the bias; x [B, L, K] and W = `weight` [N, K] are int8.
+    """Returns (x.values * x.scale) (weight * scale)^T + bias: [B, L, N] in the dtype of `bias`.
 
-    x also holds one scale for each token. Each sum is multiplied by the scale of its token and by the `scale` of its
-    output channel.
+    x.values: int8 [B, L, K]; x.scale: [B, L], one scale for each token; weight: int8 [N, K]; scale and bias: [N].
     """
     if not (HAS_KERNELS and x.values.is_cuda):
         sums = torch._int_mm(x.values.flatten(0, -2), weight.t()).view(*x.values.shape[:-1], -1)
@@ -90,10 +89,10 @@ def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor
 
 
 def fp8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns x W^T + bias [B, L, N] in the dtype of the bias; x [B, L, K] and W = `weight` [N, K] are float8 e4m3.
+    """Returns (x.values * x.scale) (weight * scale)^T + bias: [B, L, N] in the dtype of `bias`.
 
-    x also holds one scale for each token. Each sum is multiplied by the scale of its token and by the `scale` of its
-    output channel.
+    x.values: float8 e4m3 [B, L, K]; x.scale: [B, L], one scale for each token; weight: float8 e4m3 [N, K]; scale and
+    bias: [N].
     """
     if not x.values.is_cuda:
         return _scaled(F.linear(x.values.float(), weight.float()), x, scale, bias)

@@ -1,14 +1,13 @@
 """This Triton kernel scores all pairs of blocks for the router, from the means of the blocks' quarters.
 
-Plain PyTorch writes a score for each pair of quarters, and then reads these scores in several passes. A pair of blocks
-has 16 pairs of quarters. Each program of this kernel scores a tile: a few blocks of queries with a few blocks of keys.
-A loop runs over the 16 pairs of quarters. Each turn computes the scores of one pair for the whole tile. The program
-accumulates the 16 results in registers, and writes only the final scores.
+A pair of blocks has 16 pairs of quarters, each with a score of its own. Plain PyTorch writes these 16 scores to memory,
+and reads them several times. This kernel keeps them in registers, and writes only one score for each pair of blocks.
+Each program of the kernel scores 64 blocks of queries with 64 blocks of keys.
 Cost at 75,600 tokens and 40 heads: 57 GFLOP; memory: 97 MB for the means, 56 MB for the scores.
-Tensor cores do not multiply float32 values. So each mean is split into two float16 values of 11 bits, and three
-products of float16 values replace each product of float32 values. With a single product of float16 values instead, the
-router would choose a few wrong blocks.
-A first kernel, with Triton's own three products of TF32 values, was wrong on an H200 (LOG.md).
+Tensor cores do not multiply float32 values. So each mean is split into a sum of two float16 values, and three products
+of float16 values replace one product of float32 values. One product of float16 values would not be precise enough: the
+router would choose a few wrong blocks. Triton can also replace one float32 product by three products of TF32 values,
+but the result was wrong on an H200 (LOG.md).
 Limit: means must be smaller than 65,504. The RMSNorm of 5120 channels returns at most 72 times its weight.
 
 Shapes: B batch, H heads, S quarters of blocks, D head dim, N blocks.

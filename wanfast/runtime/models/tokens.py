@@ -1,6 +1,6 @@
 """Defines the two forms of activations: a plain tensor, or 8-bit values with a scale for each token.
 
-Two functions copy tensors; the values of a copy are adjacent in memory.
+`packed` copies a tensor, and `rows_of` copies some rows of a tensor. The values of a copy are adjacent in memory.
 """
 
 from __future__ import annotations

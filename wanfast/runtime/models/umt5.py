@@ -149,18 +149,16 @@ class RMSNorm(nn.Module):
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
     """Returns the bucket of every (query, key) pair: [Q, K] int64, Q = K = length.
 
-    One half of the buckets is for keys after the query, the other half for the query's own token and for keys before
-    the query. In each half, the first buckets hold one distance each. The other buckets divide the distances up to
-    `max_distance` logarithmically (arXiv 1910.10683, section 2.1). The host computes the bounds of the buckets in
-    float64, because the distances 16, 32 and 64 lie exactly on a bound. Rounding on different devices could put these
-    distances into different buckets. Kernels take the bounds as scalar arguments. So nothing is copied to the device,
-    and a CUDA graph can capture the kernels.
+    The first half of the `num_buckets` buckets is for the query's own token and for keys before the query. The second
+    half is for keys after the query. In each half, the first buckets hold one distance each. The other buckets divide
+    the distances up to `max_distance` logarithmically (arXiv 1910.10683, section 2.1).
     """
     num_per_side = num_buckets // 2
     position = torch.arange(length, device=device)
     offset = position[None, :] - position[:, None]
     distance = offset.abs()
     buckets = distance.clamp(max=num_per_side // 2) + num_per_side * (offset > 0)
+    # Kernels take these bounds as scalars. So nothing is copied to the device, and CUDA graphs can capture the kernels.
     for first in _first_distances(num_per_side, max_distance):
         buckets += distance >= first
     return buckets
@@ -169,6 +167,8 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int, 
 @lru_cache(maxsize=4)
 def _first_distances(num_per_side: int, max_distance: int) -> list[int]:
     """Returns the smallest distance of each bucket that is logarithmic, without the first of them."""
+    # In float64 and on the host, because the distances 16, 32 and 64 lie exactly on a bound. Rounding on different
+    # devices could put these distances into different buckets.
     num_exact = num_per_side // 2
     found: list[int] = []
     for distance in range(num_exact, max_distance + 1):

@@ -87,11 +87,11 @@ class Rows(Protocol):
         ...
 
     def missed(self, device: str) -> Rows | None:
-        """Returns a `Rows` with which a rank that ran out of memory completes the exchanges that its peers wait for.
+        """Returns a `Rows` for this rank if it ran out of memory; returns None if no other rank waits for this rank.
 
-        The rank repeats its work on the meta device with the returned object. This object leaves out the exchanges that
-        are done already. In each later exchange, it sends zeros that lie on `device`.
-        Returns None if no other rank waits for this rank.
+        The other ranks still wait for this rank's rows. So this rank does its work again with the returned object, but
+        on the meta device, where nothing is computed. The returned object leaves out the exchanges that this rank has
+        done already. In each later exchange, the returned object sends zeros that lie on `device`.
         """
         ...
 
@@ -145,12 +145,11 @@ class WanVAE(nn.Module):
     ) -> Tensor:
         """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, not a sample.
 
-        The frames from index `still_from` to `still_to` - 1 must be equal. `still_from` None means that no frames are
-        known to be equal. `still_to` None means that the equal frames reach to the end. The clip is encoded in chunks:
-        first one frame, then four frames at a time. A few chunks after `still_from`, the output of a layer is equal to
-        the layer's output for the chunk before, and is not computed again. From the frame `still_to` on, all layers
-        compute all chunks. The latents are bitwise the same as without `still_from`. For an image and 80 grey frames, a
-        third of the work remains.
+        `still_from` and `still_to` save time if the frames from index `still_from` to `still_to` - 1 are equal: most
+        layers then compute only some of these frames. The latents are bitwise the same as without these arguments. For
+        an image and 80 grey frames, a third of the work remains. If `still_from` is None, all layers compute all
+        frames. If `still_to` is None, the equal frames reach to the end of the clip.
+        If `rows` divides the frame among ranks, the video and the latents contain only this rank's rows.
         Raises ValueError if F is not 4n+1, or if H or W is not a multiple of 8.
         """
         frames, height, width = video.shape[2:]
@@ -267,15 +266,14 @@ class Encoder(nn.Module):
         return moments
 
     def settles(self, still_from: int, frames: int) -> list[int]:
-        """Returns, for each layer before the middle blocks, the index of the first chunk whose output repeats.
+        """Returns, for each layer before the middle blocks, the first chunk for which the layer need not run.
 
-        From this chunk on, the layer's output is equal to its output for the chunk before.
-
-        `still_from`: the index from which on all frames of the clip are equal. `frames`: the number of frames in a
-        chunk. A convolution over time also reads the two frames before the current frame. So in its output, the first
-        of the equal frames comes two frames later. A layer that halves the number of frames halves the index of this
-        frame and the size of a chunk.
+        For this chunk and all later chunks, the layer's output is equal to its output for the chunk before. Chunks
+        count from 0. `still_from`: all frames of the clip from this index on are equal. `frames`: the number of frames
+        in each chunk after the first.
         """
+        # A convolution over time also reads the two frames before each frame. So in its output, the equal frames begin
+        # two frames later. A layer that halves the number of frames halves the index at which the equal frames begin.
         still, chunks = still_from + 2, []
         chunks.append(_settled_chunk(still, frames))
         for layer in self.downsamples:
@@ -296,16 +294,16 @@ class _Repeats:
         self._kept: Tensor | None = None
 
     def start(self, x: Tensor) -> tuple[Tensor, int]:
-        """Begins the next chunk; returns (the input of the first layer that must run, the number of layers before it).
+        """Begins the next chunk, with the encoder's input x; returns (x, 0) if all layers must run.
 
-        At first all layers must run, and this input is x. Later, this input is the held output of the layers that
-        repeat.
+        Otherwise the first layers need not run, because their output is equal to that for the chunk before. Then
+        returns (the held output of these layers, the number of these layers).
         """
         self._chunk += 1
         return (x, 0) if self._kept is None else (self._kept, self._layers(self._chunk))
 
     def keep(self, x: Tensor, layers: int) -> None:
-        """Takes the output x of the first `layers` layers; holds x if exactly these layers repeat in the next chunk."""
+        """Takes x, the output of the first `layers` layers; holds x if the next chunk can start behind these layers."""
         if layers == self._layers(self._chunk + 1):
             self._kept = x
 

@@ -12,9 +12,11 @@ The options of a video take this path through the modules of this package:
       placement         the mesh of ranks, and where the weights lie
     plan_json, job    the plan as JSON: for the user, and for the ranks
 
-Other modules serve a run while it works (`share`, `progress`) or when a video is made (`sidecar`, and `past_runs`,
-which predicts the seconds of later runs). `shortened` makes a plan cheap enough for a warm-up or a measurement.
-`wanfast doctor` shows what `memory_fit` and `next_step` find.
+Other modules are used after the plan. While the ranks work, `share` gives them jobs, and `progress` says what is done.
+When a video is finished, `sidecar` writes its .json, and `past_runs` stores its seconds in order to predict the seconds
+of later runs.
+`shortened` makes a plan cheap enough for a warm-up or a measurement. `wanfast doctor` shows what `memory_fit` and
+`next_step` find.
 
 This package does not import torch.
 """

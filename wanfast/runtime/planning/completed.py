@@ -72,7 +72,7 @@ def _continuing(given: Options, earlier: EarlierFacts) -> dict[str, Any]:
         )
     if fit != VideoConfig.fit and not given.get("last_image"):
         raise ConfigError(
-            f"--fit {fit}: --continue-from gives no image that must be fitted: drop --fit, or add --last-image"
+            f"--fit {fit}: with --continue-from, only a last image can be fitted: drop --fit, or add --last-image"
         )
     facts = {"continue_from_sha256": earlier.sha256, "continue_from_frames": earlier.num_frames}
     return {"size": f"{width}x{height}", "fps": earlier.fps, **facts}

@@ -28,8 +28,10 @@ def default_device() -> Device:
 def num_gpus_of(asked_for: int | Literal["auto"], device: Device, *, asked: bool) -> int:
     """Returns --num-gpus as a number; "auto" is the number of visible GPUs.
 
-    Raises ConfigError for "auto" on a CPU or without a visible GPU, and for more GPUs than are visible. If no GPU is
-    visible, a number is not checked. `asked`: whether the user gave --device.
+    `asked`: whether the user gave --device; this changes only the text of an error. Raises ConfigError in three cases:
+    * "auto" on a CPU;
+    * "auto" if no GPU is visible;
+    * on GPUs, a number larger than the number of visible GPUs. (If no GPU is visible, each number is accepted.)
     """
     if device == "cpu":
         if asked_for == "auto":

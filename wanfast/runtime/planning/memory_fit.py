@@ -1,7 +1,7 @@
 """Computes whether a model fits on this machine, for 1, 2, 4 and 8 GPUs and for each placement of the experts.
 
-The sums of bytes come from `placement`, which also uses them to place a run. If this machine has no GPU, the sums are
-compared with the memory of common GPUs that a user can rent.
+`placement` computes the bytes that a model needs, as for a run. If this machine has no GPU, these bytes are compared
+with the memory of common GPUs that a user can rent.
 This module does not import torch.
 """
 
@@ -62,9 +62,10 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """This class holds all ways to place a model's experts on 1, 2, 4 and 8 GPUs.
+    """This class says how much memory a model needs on 1, 2, 4 and 8 GPUs, and where it fits.
 
-    The ways are sorted by the number of GPUs, and then by preference.
+    `ways` has one entry for each number of GPUs and each mode of `placement.modes` that is possible on so many GPUs.
+    `ways` is sorted by the number of GPUs; for one number of GPUs, the best mode comes first.
     """
 
     spec: ModelSpec
@@ -109,12 +110,12 @@ class Fit:
 
 
 def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
-    """Computes all ways to place a model's experts, and compares the bytes of each way with the free memory.
+    """Computes how much memory a model needs on 1, 2, 4 and 8 GPUs, and whether this memory is free.
 
-    The ways use 1, 2, 4 or 8 GPUs. The free memory is that of the GPUs `found` and of the host, and no way uses more
-    GPUs than `found` holds. If `found` is empty, the bytes are compared with the memory of common GPUs that a user can
-    rent. The image is assumed to have the shape that gives the most tokens at --size. Raises ConfigError for a wrong
-    option in `given`.
+    `given`: the user's options. `found`: the GPUs of this machine; larger numbers of GPUs are left out. If `found` is
+    empty, the needed bytes are compared with the memory of common GPUs that a user can rent. A number of GPUs is also
+    left out if one video cannot use so many. The image is assumed to have the shape that gives the most tokens at
+    --size. Raises ConfigError for a wrong option in `given`.
     """
     config = EffectiveConfig.of({**NO_VIDEO, **given}, spec)
     precision, scheme, size = config.models.precision, config.models.quantize, parse_size(config.video.size)

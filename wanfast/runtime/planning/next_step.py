@@ -64,9 +64,9 @@ def next_step(
     """Returns the command that the user should type next, and the reason for this command.
 
     `given`: the options that the user gave. `fitted`: the result of `fit` for these options.
-    `no_torch`: what is wrong with torch, or None. `no_weights`: what is wrong with the weights, or None. `layout`: the
-    layout of the weights that are present. `quantize_step`: the command that stores the quantized experts, or None if
-    no quantized expert is missing.
+    `no_torch`: what is wrong with torch, or None. `no_weights`: what is wrong with the weights, or None. `layout`:
+    "original" or "diffusers", the layout of the weights that were found, or None if none were found. `quantize_step`:
+    the command that stores the quantized experts, or None if no quantized expert is missing.
     """
     if not fitted.found and not fitted.spec.needs_gpu:
         return NextStep(_tiny(device="cpu"), "nothing is missing: this model runs on a CPU")

@@ -95,9 +95,10 @@ def _read(index: Path, mtime_ns: int, size: int) -> Sequence[dict[str, Any]]:
 def forwards_in_turn(plan: dict[str, Any]) -> list[float]:
     """Reads a plan's JSON and returns for each step how many forwards run one after the other.
 
-    The result has an entry for each step of each clip, clip after clip.
-    With cfg parallelism, the two branches of guidance run at the same time on different ranks. If the ranks regroup,
-    twice as many ranks compute a forward without guidance, so it counts as half a forward.
+    The result has an entry for each step of each clip, clip after clip. Usually an entry is 2 with guidance and 1
+    without guidance, less the skipped forwards. With cfg parallelism, the two branches of guidance run at the same time
+    on different ranks and count as 1. If all these ranks share the forward of a step without guidance, this forward
+    takes half the time and counts as 0.5.
     """
     guided = read_guided(plan)
     skips = _skips(plan["magcache"]) if plan.get("magcache") else [(False, False)] * len(guided)

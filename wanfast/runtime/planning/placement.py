@@ -71,12 +71,13 @@ def place(
     *,
     must_fit: bool = True,
 ) -> list[Plan]:
-    """Decides the mesh of ranks and where the weights lie, and returns the plans with both decisions.
+    """Decides the mesh of ranks and where the weights lie, and returns the plans with this mesh and this placement.
 
-    The decisions are equal for all plans. If `free_memory` is not given, it is measured here; a caller whose ranks
-    already hold models must give it. `mesh`: the mesh of ranks that run already; if None, the mesh is decided here.
-    Raises ConfigError if the plans do not fit or the options cannot be met. If `must_fit` is false and the plans are
-    for the CPU, plans that do not fit get a note, and no error is raised.
+    All plans get the same mesh and the same placement. `free_memory`: what the ranks may use; None measures it now. If
+    ranks hold models already, give what was free before the ranks loaded them. `mesh`: the mesh of ranks that run
+    already; None decides the mesh here. `must_fit`: whether plans for the CPU must fit; if false, plans that do not fit
+    get a note instead of an error.
+    Raises ConfigError if the plans do not fit, or if an option of the ranks is impossible.
     Raises JoiningMemoryError if the host has too little memory to join the clips of a video.
     """
     asked = plans[0].config.ranks
@@ -142,7 +143,11 @@ def _repeated_work(plan: Plan) -> list[str]:
 
 
 def check_skips(plan: Plan) -> None:
-    """Raises ConfigError if MagCache cannot skip as requested on the ranks that `place` gave to a plan."""
+    """Raises ConfigError if MagCache cannot skip as the user asked; `plan` must come from `place`.
+
+    There are two cases: --magcache-joint off together with sharded experts and --cfg-parallel 2; and a
+    --magcache-budget or --magcache-skip that cannot be met.
+    """
     ranks, skipping = plan.config.ranks, plan.config.skipping
     apart = skipping is not None and skipping.magcache_joint == "off"
     if apart and ranks.dit_fsdp == "on" and ranks.cfg_parallel == 2:
@@ -317,11 +322,12 @@ def _barred(
 
 
 def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) -> dict[str, int]:
-    """Returns {mode: needed bytes of host memory on this machine} for the evicting mode and the offloaded mode.
+    """Returns {mode: needed bytes of host memory on this machine} for the modes "evicting" and "offloaded".
 
-    `ranks`: the ranks that make one video. `ranks_here`: the ranks on this machine. `free`: the free bytes of a GPU. In
-    the evicting mode, a rank moves the bytes that do not fit on its GPU to the host. If `free` is None, a rank is
-    assumed to move the bytes of one expert.
+    `ranks`: the number of ranks that make one video. `ranks_here`: the number of ranks on this machine. `free`: the
+    free bytes of a GPU, or None if they are not known. In the evicting mode, each rank needs host memory for the bytes
+    that do not fit on its GPU; if `free` is None, for the bytes of one expert. In the offloaded mode, each rank needs
+    host memory for both experts.
     """
     missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
     return {"evicting": missing * ranks_here, "offloaded": need.offloaded * ranks_here}

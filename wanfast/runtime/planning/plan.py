@@ -59,9 +59,9 @@ class Plan:
     ) -> Plan:
         """Derives a plan from a config, a model and the (width, height) of the image.
 
-        `config`: the options with all defaults filled in, as `completed.effective` returns them. `curve` holds
-        MagCache's ratios, or is None without MagCache. `densities` holds the densities of a plan of attention, or is
-        None without such a plan.
+        `config`: the options with all defaults filled in, as `completed.effective` returns them. `notes`, `placement`:
+        texts for the user, which the plan only holds. `curve`: MagCache's curve, or None without MagCache. `densities`:
+        the densities that the file of --attention-plan gives, or None without this option.
         """
         video = config.video
         levels = levels_of(video)
@@ -147,11 +147,12 @@ class Plan:
     def always_computed(self) -> list[int]:
         """Returns the steps whose forwards are never skipped, whatever the curve and the settings of MagCache say.
 
-        These are three kinds of steps:
-        * steps after the end of the curve, because they belong to distilled weights;
-        * an expert's last step with guidance, because the later steps reuse the difference of this step's branches;
-        * an expert's first step without guidance: the ranks regroup before it, so their stored residuals do not fit.
+        Steps count from 0. Two kinds of steps are never skipped:
+        * steps after the end of the curve, which belong to distilled weights;
+        * if the guidance of an expert stops early, its last step with guidance and its first step without guidance.
         """
+        # Later steps reuse the difference of the two branches in the last step with guidance. The ranks regroup before
+        # the first step without guidance, so the residuals that they hold do not fit this step.
         distilled = range(len(self.schedule) if self.curve is None else self.curve.num_steps, len(self.schedule))
         return [*gate_steps(self.experts, self.guided), *distilled]
 
@@ -173,7 +174,10 @@ class Plan:
         return self.skips_if(joint=self.is_joint)
 
     def skips_if(self, *, joint: bool) -> list[Skips]:
-        """Returns what `skips` would be if `is_joint` were `joint`; raises ConfigError in the same cases as `skips`."""
+        """Returns the same as `skips`, but `joint` says whether both branches of guidance skip the same forwards.
+
+        Raises ConfigError if --magcache-budget or --magcache-skip cannot be met.
+        """
         if self.curve is None:
             return [(False, False)] * len(self.schedule)
         skipping = self.config.skipping
@@ -187,7 +191,7 @@ class Plan:
         return (*known, *[(1.0, 1.0)] * (len(self.schedule) - len(known)))
 
     def residuals(self) -> ResidualCache:
-        """Returns an empty cache for MagCache's residuals; the cache follows the plan's skips."""
+        """Returns an empty cache for MagCache's residuals; it frees each residual after the last step that uses it."""
         alike = zip(self.experts, self.guided, strict=True)  # between unlike steps, the ranks may regroup
         levels = [(kind, step.sigma) for kind, step in zip(alike, self.schedule, strict=True)]
         return ResidualCache(self.skips, levels if _extrapolates(self.config) else None)

@@ -60,8 +60,9 @@ def read_requests(
 ) -> list[Request]:
     """Returns one request for each line of `jobs_file`, or a single request if `jobs_file` is None.
 
-    `typed`: the options that the user typed on the command line. A bad line of `jobs_file` becomes a request that holds
-    an error. Raises ConfigError for any other fault, and for a list of more than five lines if none is a JSON object.
+    `typed`: the options that the user typed on the command line. If a line of `jobs_file` is wrong, its request holds
+    the error, and the other lines are read. Raises ConfigError if an option or a file is wrong. Also raises ConfigError
+    if `jobs_file` has more than five lines and none of these lines is a JSON object.
     """
     prompt_file, from_file = _whole(prompt_file, "--prompt-file"), _whole(from_file, "--from")
     jobs_file = _whole(jobs_file, "--jobs")
@@ -220,7 +221,7 @@ def _read(file: Path, option: str) -> str:
 
 
 def shared_by_all(name: str) -> ConfigError:
-    """Returns the error for a line of a list that changes option `name`, which all lines must share."""
+    """Returns an error: option `name` must be the same in all lines of a list, but one line changes it."""
     return ConfigError(
         f"{flag(name)} must be the same for the whole list: give it on the command line, or make a second list"
     )
