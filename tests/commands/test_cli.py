@@ -261,7 +261,10 @@ def test_refusals_are_one_line_and_leave_nothing(wanfast: Wanfast, workdir: Path
         (["quantize", "--scheme", "fp8"], "--scheme 'fp8': did you mean fp8-rowwise?"),
         (["quantize", "--scheme", "x"], "--scheme 'x': one of int8-weight-only, int8-dynamic, fp8-rowwise, bf16 is "),
         (["download", "--model", "a14"], "--model 'a14': did you mean a14b?"),
-        (["download", "--lora", "lightning"], "--lora 'lightning': no such pair: did you mean lightning-seko-v1?"),
+        (
+            ["download", "--lora", "lightning"],
+            "--lora 'lightning' is not the name of a published pair of LoRAs: did you mean lightning-seko-v1?",
+        ),
         (["quantize"], "--scheme is missing: see `wanfast quantize --help`"),
         (["quantize", "--recip"], "unknown option --recip: see `wanfast quantize --help`"),
         (["calibrate-magcache", "--seed", "x"], "--seed 'x': a whole number is needed"),

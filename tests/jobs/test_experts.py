@@ -94,7 +94,7 @@ def test_a_video_its_json_and_the_run_again(wanfast: Wanfast, experts: Path) -> 
     changed = wanfast("generate", "--from", "out.json", "--output", "changed.mp4", "--dry-run")
     assert (changed.exit_code, changed.err) == (
         2,
-        "error: --from: an expert's file is not that of the earlier run: restore the earlier file, or give experts "
+        "error: --from: an expert's file has changed since the earlier run: restore the file, or give experts "
         "by --high-noise-expert and --low-noise-expert\n",
     )
 

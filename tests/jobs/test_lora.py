@@ -82,8 +82,7 @@ def test_a_video_its_json_and_the_run_again(wanfast: Wanfast, loras: tuple[str, 
     changed = wanfast("generate", "--from", "out.json", "--output", "changed.mp4", "--dry-run")
     assert (changed.exit_code, changed.err) == (
         2,
-        "error: --from: a LoRA file is not that of the earlier run: restore the earlier file, or give LoRAs "
-        "by --lora\n",
+        "error: --from: a LoRA file has changed since the earlier run: restore the file, or give LoRAs by --lora\n",
     )
 
 

@@ -457,7 +457,7 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
         (["--magcache", "preset", "--magcache-skip", "-1"], "--magcache-skip -1: use"),
         (
             ["--magcache", "preset", "--steps", "30"],
-            "this curve has 40 steps with unipc at shift 5, but this run has 30",
+            "the curve is for 40 steps with unipc at shift 5, but this run has 30",
         ),
         (
             ["--magcache", "preset", "--shift", "3"],

@@ -657,7 +657,11 @@ def test_a_damaged_or_missing_lora_is_an_error(wanfast: Wanfast, workdir: Path, 
 
 
 def test_wrong_options_of_a_pair_are_named(wanfast: Wanfast, hub: Hub) -> None:
-    refused(wanfast("download", "--lora", "seko"), 2, "--lora 'seko': no such pair: use lightning-seko-v1 or")
+    refused(
+        wanfast("download", "--lora", "seko"),
+        2,
+        "--lora 'seko' is not the name of a published pair of LoRAs: use lightning-seko-v1 or",
+    )
     refused(wanfast("download", "--lora", "lightx2v-1022", "--repo", "a/b"), 2, "--repo and --lora exclude each other")
     refused(
         wanfast("download", "--lora", "lightx2v-1022", "--layout", "original"), 2, "--layout and --lora exclude each"

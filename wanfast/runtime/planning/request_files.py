@@ -1,7 +1,8 @@
-"""Reads requests from the command line and from its files.
+"""Reads the options of each video from the command line, and from the files that the command line names.
 
-The command line may name three files: a prompt (--prompt-file), an earlier video's JSON (--from), and a list of videos
-(--jobs). A line of the list overrides the command line, and the command line overrides the earlier run.
+The files are a text with the prompt (--prompt-file), the JSON of an earlier video (--from) or a list of videos
+(--jobs). An option on the command line overrides the same option of the earlier video. An option in a line of the list
+overrides the same option on the command line.
 This module does not import torch.
 """
 

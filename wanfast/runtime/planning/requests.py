@@ -118,12 +118,12 @@ def _plan(
         _refuse_other_sources(request, plan)
         if request.expert_sha256 not in (None, plan.config.models.expert_sha256):
             raise ConfigError(
-                "--from: an expert's file is not that of the earlier run: restore the earlier file, or give "
-                f"experts by {' and '.join(map(flag, EXPERT_OPTIONS))}"
+                "--from: an expert's file has changed since the earlier run: restore the file, or give experts by "
+                f"{' and '.join(map(flag, EXPERT_OPTIONS))}"
             )
         if request.lora_sha256 not in (None, plan.config.models.lora_sha256):
             raise ConfigError(
-                "--from: a LoRA file is not that of the earlier run: restore the earlier file, or give LoRAs by --lora"
+                "--from: a LoRA file has changed since the earlier run: restore the file, or give LoRAs by --lora"
             )
         if needs_weights:
             require_attention_of(plan)

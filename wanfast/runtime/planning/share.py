@@ -15,10 +15,11 @@ MOST_LOADS = 3
 
 @dataclass(frozen=True)
 class Share:
-    """This class decides which jobs a rank group claims: first its own jobs, then jobs that no group has claimed yet.
+    """This class decides in which order a rank group claims the jobs of a batch: first its own jobs, then all others.
 
-    `place` is the number of this group, from 0, and `groups` the number of groups. `claim(job)` returns whether this
-    group gets the job; all ranks of the group call `claim` together.
+    Each job is the own job of one group, but any group may claim it: the first one to do so gets the job.
+    `place`: the number of this group, from 0. `groups`: the number of groups. `claim`: a function that claims a job,
+    and returns whether this group gets the job. All ranks of the group call `claim` together.
     """
 
     place: int = 0
@@ -26,10 +27,7 @@ class Share:
     claim: Callable[[int], bool] = lambda index: True
 
     def own(self, jobs: Sequence[int]) -> list[int]:
-        """Returns this rank group's own jobs: the job at index `place` of `jobs`, and then every n-th job.
-
-        n is the number of rank groups.
-        """
+        """Returns this rank group's own jobs: those of `jobs` at the indices `place`, `place` + `groups`, and so on."""
         return list(jobs[self.place :: self.groups])
 
     def claimed(self, jobs: Sequence[int]) -> Iterator[int]:

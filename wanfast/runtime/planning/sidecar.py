@@ -73,9 +73,8 @@ def text(document: dict[str, Any]) -> str:
 class Recording:
     """Receives a video's frames while they are decoded, and writes `outputs`: mp4, JSON, perhaps a contact sheet.
 
-    A frame is freed when it is encoded, except copies of the few frames that the contact sheet shows. `finish`
-    publishes all files together; without a successful `finish` no file appears. `add` and `finish` raise ConfigError
-    for a file that cannot be written.
+    Each frame is freed after it is encoded. `finish` publishes all files together; if `finish` fails or is not called,
+    no file appears. `add` and `finish` raise ConfigError for a file that cannot be written.
     """
 
     def __init__(self, outputs: tuple[Path, ...], fps: int, num_frames: int, *, overwrite: bool) -> None:
@@ -122,10 +121,10 @@ class Recording:
             yield frame
 
     def finish(self, document: dict[str, Any]) -> dict[str, Any]:
-        """Publishes the files of the video and returns the completed `document`.
+        """Publishes the files of the video, and returns the document that the JSON file holds.
 
-        `document`: the result of `with_seconds`, to which this method adds the seconds of writing and the sha256 of the
-        mp4.
+        `document`: the result of `with_seconds`. The returned copy also holds the seconds of writing and the sha256 of
+        the mp4.
         """
         mp4, json_file, *sheet = self._paths
         with self._files:

@@ -1,5 +1,7 @@
-"""Chooses the forwards of a video that MagCache skips: by a threshold, by a budget, or by their number.
+"""Chooses the forwards of a video that MagCache skips.
 
+One of three options decides how many: --magcache-thresh limits the predicted error, --magcache-budget is the share of
+forwards to compute, and --magcache-skip is the number of forwards to skip.
 The choice depends only on the arguments, so that all ranks skip the same forwards.
 This module does not import torch.
 """

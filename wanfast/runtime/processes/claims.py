@@ -1,11 +1,9 @@
-"""Says which rank group does a job: the first group that claims the job.
+"""Records which rank group does a job: the first group that claims the job.
 
-A claim is a symbolic link to a target that does not exist; the text of the link is the group's number. The operating
-system makes a link in one step, so that a killed rank never leaves an incomplete claim. A short link needs no block of
-the disk, so that it can be made on a full disk that has inodes left.
-If the file system has no symbolic links, a claim is a folder instead. This folder contains an empty folder whose name
-is the group's number. The outer folder is first made under another name, with the inner folder in it. Then a rename
-gives the outer folder its final name in one step.
+The operating system makes a claim in one step. So only one group gets a job, and a killed rank never leaves an
+incomplete claim.
+A claim is a symbolic link, and the text of the link is the group's number. If the file system has no symbolic links, a
+claim is a folder instead, and the folder holds an empty folder whose name is the group's number.
 This module does not import torch.
 """
 
@@ -32,6 +30,7 @@ def claim(run_folder: Path, index: int, number: int) -> bool:
     with writing_to(place):
         place.parent.mkdir(exist_ok=True)
         try:
+            # A short link needs an inode of the disk but no block, so it can often be made on a full disk.
             place.symlink_to(str(number))
         except FileExistsError:  # a network file system may have sent this request twice, and refuse the second
             pass
@@ -65,7 +64,7 @@ def forget(run_folder: Path, index: int) -> None:
 
 
 def _rename_folder(place: Path, number: str) -> None:
-    own = place.with_name(f".{place.name}.{number}")
+    own = place.with_name(f".{place.name}.{number}")  # filled under this name, and then renamed in one step
     (own / number).mkdir(parents=True, exist_ok=True)
     try:
         own.rename(place)

@@ -152,7 +152,10 @@ class _Actor(RemoteGroup):
     """This class is what runs on a machine of the cluster."""
 
     def start(self, jobs: Any) -> tuple[str, Document | None]:
-        """Returns (this machine's name in the cluster, an error if its weights cannot be used, else None)."""
+        """Checks the weights of this machine, and returns (the machine's name in the cluster, the result of `check`).
+
+        `jobs`: the argument of `check`.
+        """
         import ray
 
         node = ray.get_runtime_context().get_node_id()

@@ -77,8 +77,8 @@ class Video:
         """Writes the video to the .mp4 file `path`, and the options, plan and seconds to a .json file beside it.
 
         `wanfast generate --from` can repeat the video from the .json. `contact_sheet`: whether a picture with a few
-        frames is written too. Raises ConfigError if a file cannot be written, if it exists and `overwrite` is false,
-        or if it is an image or a video from which this video was made.
+        frames is written too. Raises ConfigError if a file cannot be written, or if a file exists and `overwrite` is
+        false. An image or a video from which this video was made is never overwritten: ConfigError is raised.
         """
         from wanfast.runtime.media import video_file
 

@@ -132,16 +132,17 @@ class RankGroups:
         """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
 
         `verb`: the name of the command. `worker`: the name of the module whose function `run` does the jobs. `outputs`:
-        the files that the jobs write. `on_result` gets each result as soon as the job is done.
-        If a group dies, its current job fails with the group's error. If the files of the group's earlier job were not
-        complete, that job is done again. Then the group is started again for the remaining jobs, except in these cases:
+        the files that the jobs write. `on_result` gets each result as soon as the job is done. `is_last`: whether no
+        batch follows; if true, each group ends when no job is left for it.
+        If a group dies, its current job fails with the group's error. Perhaps the group was still writing the files of
+        the job before; then that job is done again. The group is started again for the remaining jobs, except in these
+        cases:
         * the group died while it loaded models, and other groups live;
         * the group spans several machines;
-        * neither the group nor the group that it replaced claimed a job before it died.
+        * for the second time in a row, the group died before it claimed a job.
         If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a callback raises an Exception, the
-        jobs end and that exception is raised. In both cases the ranks keep running. Any other exception, such as
-        KeyboardInterrupt, ends all ranks immediately. In all cases, no half-written file is left.
-        If `is_last`, no batch may follow, and each group ends when no job is left for it.
+        jobs end and `run` raises this exception. In both cases the ranks keep running. KeyboardInterrupt ends all ranks
+        immediately. In all cases, no half-written file is left.
         """
         self._start_missing()
         if cancelled():

@@ -36,8 +36,8 @@ class Lines:
         """Returns the line that a rank group of `machine` makes next, or None if no line waits for this machine.
 
         `loaded`: the models that the rank group holds; a line with these models comes first. `machines`: all machines
-        that can make lines. A machine that failed while it made a line does not get this line again. Only after all
-        `machines` failed with the line may each of them get it again.
+        that can make lines. A machine that failed while it made a line gets this line again only if all `machines`
+        have failed with this line.
         """
         may = [
             line
@@ -52,9 +52,9 @@ class Lines:
         return line
 
     def lose(self, line: int, machine: str) -> bool:
-        """Records that `machine` failed while it made a line, and returns whether the line has a try left.
+        """Records that `machine` failed while it made a line, and returns whether the line is tried again.
 
-        If the line has a try left, it waits again, before all other lines.
+        A line is tried at most `MOST_TRIES` times. A line that is tried again waits before all other lines.
         """
         self._lost_on.setdefault(line, set()).add(machine)
         if self._tries[line] >= MOST_TRIES:

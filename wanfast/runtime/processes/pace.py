@@ -1,22 +1,19 @@
 """Follows the progress of rank groups, and notices if a rank group hangs.
 
-Denoising steps after the first one take about the same time. So in a group of one rank, the earlier steps give a time
-limit for a later step. In a larger group, a rank that waits for another rank ends the group after --rank-timeout.
-The start, and the stages of loading, compiling, encoding, decoding and writing have no such limit. Their time depends
-on the disk, the model and the size. Also, all ranks of a larger group may stop at places where no rank waits for
-another rank. Therefore a group also counts as hung if, for three times --rank-timeout, it neither reports progress nor
-works. The group works if one of its ranks on this machine works. Before the first rank has started, the group works if
-its launcher works. Later, the launcher does not count, because it is always busy with watching its ranks.
-The counters of the operating system show whether a process works: it reads, writes or touches new memory. On a CPU, CPU
-time counts as work too. On a GPU, CPU time does not count, because a host thread uses CPU time even while it only waits
-for its GPU. So a healthy rank on a GPU may show no work during a long computation. Therefore the time limit on a GPU is
-at least 600 s. Steps whose time is known are an exception, on a CPU too: the limit of such a step is at least ten times
-the slowest earlier step.
-A rank that waits for others in gloo shows no work: it uses 0.3 % of a core. How much NCCL's threads use while a rank
-waits was not measured.
-Three kinds of hangs are not found. The first is an endless loop on a CPU. The second is a process that reads, writes or
-touches memory for ever. The third is a launcher that stops after it has formed its rank group but before the first
-rank has started.
+A denoising step after the first one has a time limit if the group has one rank. The step hangs if it takes longer than
+--rank-timeout, and longer than ten times the slowest earlier step of the job. In a larger group, a rank that waits for
+a peer ends the group after --rank-timeout.
+
+In all other cases, a group hangs if it does nothing for three times --rank-timeout: it neither reports progress nor
+works. On a GPU, this limit is at least 600 s. In a denoising step after the first one, the limit is instead at least
+ten times the slowest earlier step.
+
+A group works if one of its ranks on this machine works. Before the first rank has started, the group works if its
+launcher works. A process works if it reads, writes or touches new memory. A process on a CPU also works if it uses CPU
+time. On a GPU, CPU time does not count, because a host thread uses CPU time even while it only waits for its GPU.
+
+Three kinds of hangs are not found: an endless loop on a CPU; a process that reads, writes or touches memory for ever;
+a launcher that stops after it has formed its rank group but before the first rank has started.
 This module does not import torch.
 """
 
@@ -37,15 +34,17 @@ from wanfast.runtime.processes.run_folder import PROGRESS, RANKS
 
 _SLOWEST_STEPS = 10  # a step that takes longer than this many of the slowest one, and than --rank-timeout, hangs
 _MOST_TIMEOUTS = 3.0  # a group that does nothing for this many of --rank-timeout, half an hour by default, hangs
-_LEAST_ON_GPU_S = 600.0  # of that limit, outside of steps whose time is known
+# Of that limit, outside of steps whose time is known: a healthy rank may show no work during a long computation.
+_LEAST_ON_GPU_S = 600.0
 _LOOKS = 10  # at what a group does, in that time
-_LEAST_CPU = 0.01  # of a core; a rank that uses less does not compute
+# Of a core; a rank that uses less does not compute. A rank that waits in gloo uses 0.3 %; NCCL was not measured.
+_LEAST_CPU = 0.01
 _LEAST_CPU_S = 0.015  # likewise between two looks, because the kernel counts hundredths of a second
 
 
 @dataclass(frozen=True)
 class Work:
-    """This class holds the work of a process so far: bytes and memory pages, CPU seconds, time of the last report."""
+    """This class holds counters of a process; they grow while the process works or reports."""
 
     moved: int  # bytes that were read and written, and memory pages that were touched for the first time
     cpu_s: float
@@ -68,7 +67,10 @@ class Work:
         return cls(moved, ticks / os.sysconf("SC_CLK_TCK") if on_cpu else 0.0, reported_ns)
 
     def exceeds(self, before: Work, seconds: float) -> bool:
-        """Returns whether these counts show work beyond `before`, the counts of the same process `seconds` earlier."""
+        """Returns whether a process worked or reported between two counts: `before`, and this one `seconds` later.
+
+        CPU time counts as work if it is more than a waiting process uses.
+        """
         computed = self.cpu_s - before.cpu_s > max(_LEAST_CPU * seconds, _LEAST_CPU_S)
         return computed or self.moved > before.moved or self.reported_ns > before.reported_ns
 
@@ -77,13 +79,14 @@ Works = dict[int, Work]  # by process id
 
 
 def works(run_folder: Path, number: int, launcher: int, *, on_cpu: bool) -> Works:
-    """Returns what rank group `number` did so far on this machine, rank by rank.
+    """Returns {process id: counters} of the ranks of rank group `number` on this machine.
 
-    If the group has no rank yet, returns what the launcher did so far.
+    If the group has no rank yet, returns the counters of its launcher.
     `launcher`: the launcher's process id. `on_cpu`: whether the ranks compute on the CPU, so that CPU time counts.
     """
     pids = {int(file.read_text()): file for file in (run_folder / RANKS).glob(f"{number}-*/pid")}
     ranks = {pid: Work.of(pid, (file, file.with_name(PROGRESS)), on_cpu=on_cpu) for pid, file in pids.items()}
+    # Beside ranks, the launcher does not count: it is always busy with watching them.
     return ranks or {launcher: Work.of(launcher, on_cpu=on_cpu)}
 
 

@@ -55,10 +55,11 @@ class RemoteGroup:
         self._is_stopped = False
 
     def check(self, jobs: list[tuple[dict[str, Any], Mapping[str, str]]]) -> dict[str, Any] | None:
-        """Returns None if this machine has the same weights as the command's machine, else a document of the error.
+        """Compares this machine's weights with those on the machine where the user runs the command.
 
-        `jobs`: for each model, a job that uses the model, and the fingerprints of the weights on the command's machine,
-        where the user runs the command.
+        Returns None if the weights are equal, else the error as a JSON document.
+        `jobs`: one pair for each model. The first item is a job that uses the model, as JSON. The second item holds the
+        fingerprints of the model's weights on the user's machine.
         """
         try:
             for document, fingerprints in jobs:
@@ -79,8 +80,8 @@ class RemoteGroup:
     def make(self, document: dict[str, Any], images: Mapping[str, bytes]) -> Delivered:
         """Makes the video of a job, and returns the video's document and files, or an error.
 
-        `document`: the job as JSON; it must name an output file. `images`: the content of each image file, by the flag
-        of the file's option.
+        `document`: the job as JSON; it must name an output file. `images`: {flag: content} of each image file; the
+        flag is that of the file's option, such as "--image".
         """
         self._state = ("", 0, 0)
         try:

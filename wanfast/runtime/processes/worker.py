@@ -62,7 +62,8 @@ def main(run_folder: Path, number: int) -> None:
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Writes the error into the run folder, and only then ends this process with code 1.
 
-        So this error is older than the errors that the end of this process causes in its peers.
+        The end of this process causes errors in its peers. The parent takes the oldest error as the cause of the
+        failure, so the error of this process must be written first.
         """
         document = _error_document(error, _silent_s(own_folder), _timeout_s(run_folder))
         with suppress(ConfigError):  # without the file the parent still sees that this rank ended
@@ -213,8 +214,8 @@ class _Results:
     def add(self, index: int, result: dict[str, Any] | Callable[[], dict[str, Any]]) -> None:
         """Writes the result of job `index`.
 
-        If `result` is a function, another thread calls the function and writes the result that it returns. This method
-        first waits until the result of the call before is written. If that write raised an error, raises this error.
+        If `result` is a function, a thread calls the function and writes what it returns; `add` does not wait for the
+        thread. The next call of `add` waits for the thread, and raises an error that the thread raised.
         """
         if self._last is not None:
             self._last.result()
@@ -255,11 +256,11 @@ def _report(file: Path, state: str, instead: Path) -> None:
 
 
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, Any]]]:
-    """Imports the module named `module` and returns its function `run`, which runs a command's jobs.
+    """Imports the module named `module`, and returns the module's function `run`, which does a command's jobs.
 
-    `run(jobs, sessions, share=, progress=, frames_of=)` yields (index, result) of each job. In a list, a result may be
-    a function without arguments, which the leader calls to complete and return the result. The module is imported
-    here, not at the top of this file, because the calibration module lies outside the runtime package.
+    `run(jobs, sessions, share=..., progress=..., frames_of=...)` yields (index of the job, result) for each job. A
+    result is a JSON document, or a function that makes this document: `_Results.add` accepts both.
     """
+    # Imported here and not at the top of this file, because the calibration module lies outside the runtime package.
     run: Callable[..., Iterator[tuple[int, Any]]] = importlib.import_module(module).run
     return run

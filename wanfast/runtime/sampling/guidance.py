@@ -29,9 +29,10 @@ def needs_unconditional(scale: float) -> bool:
 def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate: float = 1.0) -> list[bool]:
     """Returns for each step whether the negative prompt's branch runs.
 
-    `gate`: the share of an expert's steps, counted from the expert's first step, in which the branch runs. The number
-    of these steps is rounded to a whole number of at least 1, because the later steps reuse the difference of the two
-    branches. If the scale of an expert is 1, the branch runs in none of the expert's steps.
+    The branch runs in the first steps of each expert, and not in the expert's later steps. `gate` (0 to 1) is the share
+    of the expert's steps in which the branch runs; the number of these steps is rounded, and at least 1. If the scale
+    of an expert is 1, the branch runs in none of the expert's steps.
+    `experts`: the expert of each step. `scales`: the guidance scale of each expert.
     """
     left = {
         expert: max(1, round(gate * experts.count(expert))) if needs_unconditional(scales[expert]) else 0

@@ -2,17 +2,17 @@
 
 A residual is the sum that the blocks of an expert add to their input. Over most of the schedule, residuals change
 little from step to step: the norms of two successive residuals have a ratio near one. A curve holds these ratios, which
-are measured once for a model and a schedule. From the ratios, the plan predicts the error of each skip. The plan skips
-forwards while the accumulated error stays below a threshold. A skipped forward reuses the residual of the last forward
-that ran, or extrapolates the last two residuals. The plan depends only on the curve and the settings, so every rank
-computes the same plan.
+are measured once for a model and a schedule. The ratios predict the error of each skip. `plan_skips` skips forwards
+while the accumulated error stays below a threshold. `plan_best` skips a given number of forwards with the least error.
+A skipped forward reuses the residual of the last forward that ran, or extrapolates the last two residuals. The plan
+depends only on the curve and the settings, so every rank computes the same plan.
 
 Each branch of guidance has its own forwards, residuals and accumulated error. An expert uses only its own residuals.
 Cost: one residual for each branch, or two if they are extrapolated: [L, d] in float32, with L tokens and d channels.
 Limit: a curve is valid for one model, one solver, one number of steps and one shift. `resample` converts a curve to
 other steps of the same solver.
-Source: MagCache (arXiv 2506.09045), section 3.3. Both rules of `MagCacheSettings.rule` come from MagCache's code for
-Wan2.2.
+Source: MagCache (arXiv 2506.09045), section 3.3. The rules that say which experts may skip come from MagCache's code
+for Wan2.2.
 This module does not import torch.
 """
 
@@ -92,15 +92,14 @@ def plan_best(
     guided: Sequence[bool] | None = None,
     always: Collection[int] = (),
 ) -> list[Skips]:
-    """Finds, by dynamic programming, the plan that skips `skipped` forwards with the least predicted error.
+    """Returns the plan that skips `skipped` forwards with the least predicted error.
 
+    The result and the other arguments are those of `plan_skips`, but the threshold in `settings` is ignored.
     A skipped forward at step j reuses the residual of an earlier step i. The forward's error is |1 - p|, where p is the
     product of the ratios of the steps i+1 to j. The plan's error is the sum of the errors of its skipped forwards.
-    `settings` limits the number of successive skips of a branch, and says which forwards always run. The threshold in
-    `settings` is ignored.
-    Joint skips come in pairs, so perhaps no plan skips exactly `skipped` forwards. Then ConfigError is raised if
-    `exactly` is true; if `exactly` is false, the plan skips one forward less. ConfigError is always raised if
-    `settings` allows fewer skips than `skipped`. Other arguments are those of `plan_skips`.
+    `exactly`: what happens if joint skips, which come in pairs, cannot give exactly `skipped` forwards. If true,
+    ConfigError is raised; if false, the plan skips one forward less.
+    Also raises ConfigError if the limits in `settings` allow fewer skips than `skipped`.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule, always)
     guided = guided or [True] * len(ratios)
@@ -177,7 +176,7 @@ class _Cheapest:
         self.errors = {n: float(error) for n, error in enumerate(self._least[-1]) if error < np.inf}
 
     def steps(self, skipped: int) -> set[int]:
-        """Returns the steps whose skips save `skipped` calls (forwards) with the least error."""
+        """Returns the steps to skip, so that `skipped` forwards are saved with the least error."""
         steps: set[int] = set()
         end = len(self._line)
         while end > 0:
@@ -249,13 +248,14 @@ class _SkipRow:
 def resample(
     ratios: Ratios, of: Sequence[tuple[Expert, int]], to: Sequence[tuple[Expert, int]]
 ) -> list[tuple[float, float]]:
-    """Returns ratios for the steps `to`, computed from a curve's ratios for the steps `of`.
+    """Returns ratios for the steps `to`, interpolated from a curve's ratios for the steps `of`.
 
-    A step is (expert, timestep). The steps of each expert are converted separately. For each branch, the ratios give
-    the residual's norm at each step of `of`. The logarithm of the norm is interpolated linearly over the timestep, and
-    extrapolated linearly outside the timesteps of `of`. So a step that is twice as long gets the product of two ratios.
-    Raises ConfigError if `of` has fewer than two timesteps of an expert in `to`, or if a timestep of `to` is too far
-    from those of `of`.
+    A step is (expert, timestep). Each branch of each expert is converted separately. The ratios give the residual's
+    norm at each timestep of `of`, relative to the first one. The logarithm of the norm is interpolated linearly over
+    the timestep, and extrapolated linearly outside the timesteps of `of`. The result is the ratio of the norms at each
+    step of `to` and at the step before.
+    Raises ConfigError if `of` has fewer than two timesteps of an expert in `to`, or if the logarithm changes by more
+    than `_MOST_CHANGE` in one step.
     """
     if list(of) == list(to):
         return list(ratios)

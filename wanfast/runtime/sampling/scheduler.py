@@ -99,8 +99,9 @@ def grid(solver: Solver, num_steps: int, shift: float) -> Levels:
 
 
 def listed(solver: Solver, sigmas: Sequence[float]) -> Levels:
-    """Returns the levels of one step for each noise level in `sigmas`, without a shift; the last step ends at level 0.
+    """Returns the levels of a run that has one step for each noise level in `sigmas`.
 
+    A step ends at the level of the next step, and the last step ends at level 0. No shift is applied.
     For the solvers `euler` and `rcm`, `start` of the result is the first level, because the model expects initial noise
     of this scale. For the other solvers, `start` is 1.
     """
@@ -120,11 +121,11 @@ def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
 
 
 def solve(solver: Solver, levels: Levels, num_high: int) -> tuple[Step, ...]:
-    """Returns the steps of `solver` at the noise `levels`; the high-noise expert runs the first `num_high` steps.
+    """Returns the steps of `solver` at the noise `levels`.
 
-    The first and the last step of UniPC and DPM++ are of first order. With `unipc-euler`, the high-noise expert's steps
-    are UniPC's, and the low-noise expert's steps are Euler's. UniPC's last step then goes to the first level of the
-    low-noise expert, however large this step is.
+    `num_high`: the number of steps of the high-noise expert, which runs first; only `unipc-euler` needs this number.
+    With `unipc-euler`, UniPC makes the steps of the high-noise expert, and Euler the steps of the low-noise expert.
+    The first and the last step of UniPC and DPM++ are of first order.
     """
     sigmas, num_steps = levels.sigmas, len(levels.timesteps)
     num_unipc = {"unipc": num_steps, "unipc-euler": num_high}.get(solver, 0)

@@ -103,12 +103,12 @@ class ArtifactStore:
     ) -> Artifact:
         """Calls `write(folder)` to fill a new folder, and publishes the folder completely or not at all.
 
-        All users who may read the store may read the folder. `versions`: versions of packages, which the manifest
-        records; they are no part of the key. If the artifact exists already, `write` is not called, and the result
-        names the existing folder.
-        If the existing folder is damaged, this method raises CorruptArtifactError. With `damaged="miss"`, it also
-        compares the files' hashes, and replaces a damaged folder by a new one. Calls `waiting` if another writer holds
-        the lock. Raises ConfigError if the store cannot be written.
+        If the artifact exists already, `write` is not called, and the result names the existing folder.
+        `versions`: versions of packages, which the manifest records; they are no part of the key. `waiting`: a function
+        that is called if another writer holds the lock. `damaged`: what happens if the existing folder is damaged. With
+        "refuse", CorruptArtifactError is raised, and the hashes of the files are not compared. With "miss", the hashes
+        are compared, and a new folder replaces a damaged one.
+        All users who may read the store may read the folder. Raises ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)
         with writing_to(self.root):
@@ -202,7 +202,7 @@ def key_of(inputs: dict[str, Any]) -> str:
 
 
 def check_root(root: Path) -> None:
-    """Raises ConfigError, which names --artifacts-dir, if `root` cannot be looked up, for example without permission.
+    """Raises ConfigError if the artifacts folder `root` cannot be accessed, for example without permission.
 
     A missing `root` is no error. After this check, calls such as `root.is_dir()` raise nothing.
     """
@@ -212,9 +212,9 @@ def check_root(root: Path) -> None:
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Replaces an OSError of the `with` block, which writes into the store, by a ConfigError.
+    """Turns an OSError of the `with` block into a ConfigError that names --artifacts-dir and `place`.
 
-    The ConfigError names --artifacts-dir and `place`.
+    `place`: the file or folder of the store that the block writes.
     """
     try:
         yield
@@ -230,10 +230,10 @@ def note(line: str) -> None:
 
 @contextmanager
 def noting(consequence: str = "") -> Iterator[None]:
-    """Catches a ConfigError of the `with` block, and prints the error and its `consequence` as a note.
+    """Prints a ConfigError of the `with` block as a note, so that the command goes on.
 
-    Use this function only if no video needs the files that the `with` block writes: records, or artifacts that save
-    time later.
+    `consequence`: what the error means for the user; the note ends with this text. Use this function only around the
+    writing of files that no video needs, such as records and caches.
     """
     try:
         yield

@@ -97,9 +97,9 @@ def _old_path(target: Path, pid: int | None = None) -> Path:
 def remove_partials(targets: Iterable[Path], pids: Iterable[int]) -> None:
     """Removes the hidden files that the killed processes `pids` left beside `targets`.
 
-    Targets whose names differ only in the suffix are one set, and the files of a set are renamed one after another. If
-    a process was killed between two renames of a set, the finished renames of this set are undone. Each target that was
-    replaced gets its old file back, or is removed if there was no old file.
+    Targets whose names differ only in the suffix are published together, by one rename for each file. If a process was
+    killed between two of these renames, the finished renames are undone: a target gets its old file back, and a target
+    without an old file is removed.
     """
     sets: dict[Path, list[Path]] = {}
     for target in targets:

@@ -1,8 +1,8 @@
 """Finds the plans of attention that `wanfast calibrate-attention` stored: the density of each head, layer and band.
 
-The key of a plan is computed from the inputs of a MagCache curve's key and from further inputs, such as --lists-every.
-`store.curves` lists the inputs that may differ between the calibration and a run. If any other input differs, the run
-refuses the plan, and the error names the command that makes a plan.
+A plan fits a run if the calibration had the same inputs as the run: those that `store.curves` lists, and --lists-every.
+`store.curves` also lists the inputs that may differ. If any other input differs, the run refuses the plan, and the
+error names the command that makes a plan for this run.
 This module does not import torch.
 """
 
@@ -37,11 +37,10 @@ PLAN = "plan.json"
 
 
 def plan_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
-    """Returns the inputs on which the measurements of a calibration depend.
+    """Returns the inputs on which the errors of attention depend; a calibration measures these errors on clips.
 
-    `set_digest` is the digest of the clips. The measurements are the errors of attention, and the calibration chooses
-    a plan by these errors. The plan's key is computed from the returned inputs, from the target error, and from whether
-    heads may be in float8. Raises MissingArtifactError if weights are missing.
+    `set_digest`: the digest of the clips. Raises MissingArtifactError if weights are missing.
+    To compute a plan's key, the calibration adds two inputs: the target error, and whether heads may be in float8.
     """
     inputs = curve_inputs(config, files, set_digest)
     code = digest_of_code("attention_calib/*.py", "runtime/facts/densities.py", "runtime/facts/sparsity.py")

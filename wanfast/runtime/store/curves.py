@@ -148,9 +148,9 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
 def preset(files: ModelFiles) -> dict[str, Any] | None:
     """Returns the JSON document of the curve that ships for a model, or None if no curve ships.
 
-    The document holds the `ratios`, and the steps, the shift, the solver and the boundary of their measurement. A curve
-    that names its weights is used only for these weights. A published curve names no weights: it is used for every
-    model with the sizes of the published model. If the model has other weights, `magcache_notes` adds a note.
+    If a published model with the same sizes and boundary has a curve, this curve is returned, whatever the weights are.
+    Otherwise, a curve is returned only if it names exactly this model's weights.
+    The document holds the `ratios`, and the steps, the shift, the solver and the boundary of their measurement.
     """
     if (published := _published_with_sizes_of(files.spec)) and _published_file(published).exists():
         return published_curve(published)
@@ -222,7 +222,7 @@ def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelS
         bridge = "add --magcache-interpolate, or " if of["solver"] == config.video.solver else ""
         asked = f"{config.video.steps} steps with {config.video.solver} at shift {config.video.shift:g}"
         raise ConfigError(
-            f"--magcache {name}: this curve has {measured}, but this run has {asked}: {bridge}run "
+            f"--magcache {name}: the curve is for {measured}, but this run has {asked}: {bridge}run "
             f"`{calibrate_command(config, spec)}` and then this command with --magcache artifact"
         )
     try:
@@ -298,9 +298,10 @@ def steps_of_video(video: VideoConfig, boundary: float) -> list[tuple[Expert, in
 
 
 def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
-    """Returns all inputs of the key of a calibrated curve.
+    """Returns the inputs from which the key of this run's curve is computed.
 
-    Raises MissingArtifactError if weights are missing.
+    `set_digest`: the digest of the clips by which the curve is measured. Raises MissingArtifactError if weights are
+    missing.
     """
     return {
         "experts": _experts(files),
@@ -394,9 +395,10 @@ def _found(
 
 
 def differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns {name: (stored value, wanted value)} of the inputs that differ.
+    """Returns {name: (stored value, wanted value)} of the inputs that a calibration and a run must have in common.
 
-    The set of clips and `measured_by` are not compared, because they may differ between a calibration and a run.
+    Inputs that are equal are left out. `inputs`: those of the calibration, from an artifact's manifest. `wanted`: those
+    of the run. The inputs that may differ, such as the clips, are not compared.
     """
     return {
         name: (inputs.get(name), value)

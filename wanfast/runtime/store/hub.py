@@ -109,7 +109,7 @@ class DownloadRequest:
         if lora is not None:
             if lora not in PAIRS:
                 fix = did_you_mean(lora, PAIRS, f"use {' or '.join(PAIRS)}")
-                raise ConfigError(f"--lora {lora!r:.40}: no such pair: {fix}")
+                raise ConfigError(f"--lora {lora!r:.40} is not the name of a published pair of LoRAs: {fix}")
             for option, value in (("--repo", repo), ("--layout", layout), ("--model", model)):
                 if value is not None:
                     raise ConfigError(f"{option} and --lora exclude each other: drop one of the two")
