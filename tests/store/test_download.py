@@ -341,9 +341,8 @@ def test_sizes_are_compared_in_the_end(wanfast: Wanfast, workdir: Path, hub: Hub
 
 def test_downloaded_files_are_compared_with_their_hashes(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
     hub.damage[BIG] = "flip"
-    refused(
-        wanfast("download"), 4, f"{folder_of(workdir) / BIG}: removed", "the sha256 is not the one that the hub reports"
-    )
+    message = f"{folder_of(workdir) / BIG}: downloaded and then removed"
+    refused(wanfast("download"), 4, message, "the sha256 is not the one that the hub reports")
     assert contents(folder_of(workdir)) == {name: data for name, data in WANTED[ORIGINAL].items() if name != BIG}
     assert not (folder_of(workdir) / "wanfast-download.json").exists()
     hub.requests.clear()
@@ -357,7 +356,7 @@ def test_a_file_that_was_there_is_compared_too_and_stays(wanfast: Wanfast, workd
     file = folder_of(workdir) / BIG
     mine = bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]
     file.write_bytes(mine)
-    refused(wanfast("download"), 4, f"{file}: the sha256 is not the one that the hub reports: keep")
+    refused(wanfast("download"), 4, f"{file}: the sha256 is not the one that the hub reports: save a copy")
     assert file.read_bytes() == mine
     file.unlink()
     assert wanfast("download").exit_code == 0 and contents(folder_of(workdir)) == WANTED[ORIGINAL]
@@ -648,7 +647,12 @@ def test_a_damaged_or_missing_lora_is_an_error(wanfast: Wanfast, workdir: Path, 
     wanted = with_pair(hub, "lightx2v-1022")
     high = PAIRS["lightx2v-1022"].files["high_noise"]
     hub.damage[high] = "flip"
-    refused(wanfast("download", "--lora", "lightx2v-1022"), 4, f"{high}: removed", "the sha256 is not the one")
+    refused(
+        wanfast("download", "--lora", "lightx2v-1022"),
+        4,
+        f"{high}: downloaded and then removed",
+        "the sha256 is not the one",
+    )
     del hub.files[PAIRS["lightx2v-1022"].repo][high]
     words = (f"--lora lightx2v-1022: {PAIRS['lightx2v-1022'].repo} has no {high}", "use another --revision")
     refused(wanfast("download", "--lora", "lightx2v-1022"), 4, *words)

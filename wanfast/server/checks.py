@@ -38,10 +38,10 @@ class Planner(Protocol):
 
     @property
     def asked(self) -> Mapping[str, Any]:
-        """Returns the options that describe the models."""
+        """Returns the options with which the models were opened."""
 
     def has_models_of(self, recipe: RecipeName) -> bool:
-        """Returns whether the loaded models are those of a recipe."""
+        """Returns whether the loaded models can make a video by this recipe."""
 
     def plan(self, options: dict[str, Any]) -> Plan:
         """Returns the plan of a video. Raises WanFastError."""
@@ -69,14 +69,17 @@ class Served:
 
     @property
     def joined_frames(self) -> int:
-        """Returns the number of frames of `clips` clips of `most_frames` each; neighbouring clips share a frame."""
+        """Returns the number of frames of the longest video that a request may ask for.
+
+        The video joins `clips` clips, each of `most_frames` frames. Neighbouring clips share one frame.
+        """
         return self.clips * (self.most_frames - 1) + 1
 
     @property
     def total_frames(self) -> int:
-        """Returns the number of frames of the longest video: the larger of `joined_frames` and `frames`.
+        """Returns the number of frames of the longest video that the server makes.
 
-        A request without a length gets `frames` frames, even if this is more than `most_frames`.
+        A request may ask for `joined_frames`. A request without a length gets `frames`, which may be more.
         """
         return max(self.frames, self.joined_frames)
 
@@ -89,10 +92,9 @@ class Served:
     def of(cls, opened: Opened, defaults: Mapping[str, Any], max_clips: int) -> Served:
         """Describes what a server offers.
 
-        `opened`: what the server's handle decided for all its videos. `defaults`: options of `Handle.make` that a
-        request may override. `max_clips`: the largest number of clips of one video. The limit is 1 instead if a clip
-        has only one frame, or if the model takes no image from which a next clip could start. Raises ConfigError if the
-        server's recipe needs a last image.
+        `opened`: the server's opened models. `defaults`: options of `Handle.make` that a request may override.
+        `max_clips`: the largest number of clips of one video. Every video has one clip if the model takes no images, or
+        if a clip has only one frame. Raises ConfigError if the server's recipe needs a last image.
         """
         config, spec = opened.placed.config, opened.files.spec
         if (recipe := config.models.recipe) and _needs_last_image(recipe):

@@ -27,12 +27,12 @@ _ENCODED = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
 
 class Limits:
-    """This ASGI middleware refuses bodies that are too large; with `only_loopback`, also requests from other sites.
+    """This ASGI middleware refuses bodies that are too large and, with `only_loopback`, requests from other sites.
 
-    The middleware counts the bytes of a body, and does not rely on the headers. With `only_loopback`, it refuses two
-    more kinds of requests: requests whose Host is not a loopback address, and requests whose Origin is not this Host.
-    `only_loopback` must be true if the server has no keys. Otherwise, a web page of another site could use the server
-    from the user's browser. The middleware adds `HEADERS` to every answer.
+    `most_bytes`: the largest body. The middleware counts the bytes of a body, and does not rely on the headers.
+    `only_loopback`: refuses a request if its Host is not a loopback address, or if its Origin is not its Host. This
+    must be true for a server without keys. Otherwise, a web page of another site could use the server from the user's
+    browser. The middleware adds `HEADERS` to every answer.
     """
 
     def __init__(self, app: ASGIApp, most_bytes: int, *, only_loopback: bool) -> None:

@@ -49,7 +49,7 @@ def unfit(param: str, message: str) -> ApiError:
 def in_fields(error: Exception, path: str = "") -> tuple[str, str | None]:
     """Replaces the options in an error's message by the request's fields, such as --steps by num_inference_steps.
 
-    `path`: a file of the server that the message must not name.
+    `path`: a path of the server's machine; it is removed from the message, because the client must not see it.
     Returns (the new message, the first field in this message). If the message names no field, the second value is None.
     """
     if isinstance(error, JoiningMemoryError):  # a request gives no clips, but the seconds of all of them

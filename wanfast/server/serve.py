@@ -77,7 +77,8 @@ def serve(
     """Runs the server until SIGTERM or SIGINT.
 
     After the signal, the current video stops at its next step, and its job is queued again. A second signal ends the
-    process and its ranks at once. Then this server makes the video after a restart, or another server makes it.
+    process and its ranks at once. In both cases the video is made later: by this server after a restart, or by another
+    server that uses the same database.
     `defaults`: default options of `Handle.make` for all videos. `start`: the function that starts the ranks. Raises
     WanFastError.
     """
@@ -153,7 +154,7 @@ def parts_of(
 def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
     """Returns the options of the warm-up video, which has the server's default options but few steps.
 
-    The same video with all its steps is planned first, so that options which no video can have are refused. Raises
+    A video with all steps is planned first, so that a server with wrong default options does not start. Raises
     WanFastError.
     """
     image: dict[str, Any] = {}

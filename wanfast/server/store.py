@@ -267,7 +267,8 @@ class Store:
         """Ends a job as completed; returns False if the attempt no longer owns the job.
 
         The caller must have written the files of the attempt before this call.
-        `output`: the name of the attempt that made the files. `keep_s`: the seconds until the video expires.
+        `output`: the name of the attempt that made the files. `facts`: figures for the client, namely the seconds of
+        each stage and the plan. `keep_s`: the seconds until the video expires.
         """
         now = time.time()
         ended = {"output": output, "facts": json.dumps(facts), "progress": 100, "stage": "", "expires_at": now + keep_s}
@@ -318,9 +319,9 @@ class Store:
             return StoredJob.of(connection.execute(select(JOBS).where(mine)).one())
 
     def outputs(self) -> set[str]:
-        """Returns the names of the attempts whose files are needed.
+        """Returns the names of the attempts whose files must be kept.
 
-        These attempts are those that made a video which can still be downloaded, and those of running jobs.
+        An attempt's files are kept while the attempt runs, and while its video can be downloaded.
         """
         shown = and_(JOBS.c.output.is_not(None), JOBS.c.deleted.is_(False), JOBS.c.expires_at > time.time())
         with self._reading() as connection:

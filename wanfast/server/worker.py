@@ -133,11 +133,8 @@ class Worker:
         self._wakes.set()
 
     def stop(self) -> None:
-        """Makes `run` return soon: the current video stops at its next step, and its job is queued again.
-
-        The watch thread notices the call.
-        """
-        self._is_stopping = True
+        """Makes `run` return soon: the current video stops at its next step, and its job is queued again."""
+        self._is_stopping = True  # the watch thread reads this flag
 
     def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Makes videos until `stop` is called. Raises WanFastError if the ranks cannot load the models.

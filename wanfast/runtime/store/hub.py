@@ -2,17 +2,13 @@
 
 A model is stored in <artifacts>/checkpoints/<repo name>, and a pair in <artifacts>/loras/<name of the pair>.
 
-The hub is asked once for the commit and the files of a revision. The download is pinned to that commit, and at the end
-the files on disk are compared with the hub's answer. This comparison is needed, because huggingface_hub can return
-without an error and without files, and its dry run does not notice a damaged file. A manifest, written last, records
-the commit, so that two commits never mix in one folder.
+A download first asks the hub for the commit and the files of a revision. Then it fetches the files of this commit that
+are missing. At the end, it compares the sizes of all files, and the sha256 of the large files, with the hub's answer.
+The manifest is written last and records the commit. If another commit has other files, its download into the same
+folder is refused.
 
-If the cache of the Hugging Face Hub holds the whole commit, nothing is downloaded: `--model` reads the weights in the
-cache.
-
-Cost: one request if no file is missing. The sha256 of each large file is computed once, compared, and remembered as
-the file's identity (`identity.py`). Limit: if the process is killed, an incomplete file is downloaded again from its
-first byte, because huggingface_hub names partial files at random.
+If the Hugging Face cache holds the whole commit, nothing is downloaded: `--model` reads the weights in the cache.
+If the process is killed, the next download fetches an incomplete file again from its first byte.
 """
 
 from __future__ import annotations
@@ -177,6 +173,7 @@ def download(request: DownloadRequest, *, progress: bool) -> dict[str, Any]:
         finally:
             with _hub_errors(request):
                 share(request.folder)
+        # huggingface_hub may return without an error and without files; its dry run does not notice a damaged file.
         _verify(request, listing)
         _verify_hashes(request, listing, missing)
         _write_manifest(request, listing)
@@ -288,9 +285,7 @@ def _verify(request: DownloadRequest, listing: _Listing) -> None:
     for name in listing.missing(request.folder):
         size, wanted = _size(request.folder / name), listing.sizes[name]
         found = "is missing" if size is None else f"has {size} bytes, not {wanted}"
-        raise CorruptArtifactError(
-            f"{request.folder / name} {found} after the download: remove this file if it exists, and {_AGAIN}"
-        )
+        raise CorruptArtifactError(f"{request.folder / name} {found} after the download: {_AGAIN}")
     for index in (name for name in listing.sizes if fnmatchcase(name, _INDEX)):
         folder = index.rpartition("/")[0]
         weight_map = read_object(request.folder / index, "use another --revision").get("weight_map")
@@ -320,11 +315,11 @@ def _verify_hashes(request: DownloadRequest, listing: _Listing, fetched: list[st
     where = ", ".join(map(str, wrong))
     if set(wrong.values()) <= set(fetched):
         raise CorruptArtifactError(
-            f"{where}: removed after the download, because the sha256 is not the one that the hub reports: {_AGAIN}"
+            f"{where}: downloaded and then removed, because the sha256 is not the one that the hub reports: {_AGAIN}"
         )
     raise CorruptArtifactError(
-        f"{where}: the sha256 is not the one that the hub reports: keep a copy if you changed these files, remove "
-        f"them, and {_AGAIN}"
+        f"{where}: the sha256 is not the one that the hub reports: save a copy of any file that you changed, remove "
+        f"the files named here, and {_AGAIN}"
     )
 
 

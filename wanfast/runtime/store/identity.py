@@ -36,7 +36,11 @@ State = dict[str, Any]  # what changes if a file's content changes
 
 
 def identity(files: list[Path], artifacts: Path) -> str:
-    """Returns a hash of the names and contents of files; copies of the files in another folder have the same hash."""
+    """Returns one hash of the names and contents of `files`; the folder of the files does not matter.
+
+    `artifacts`: the folder in which the sha256 of large files is remembered. Raises ConfigError if a file cannot be
+    read.
+    """
     digest = hashlib.sha256()
     for file, sha256 in sha256_of(files, artifacts).items():
         digest.update(f"{file.name} {sha256}\n".encode())
@@ -44,9 +48,10 @@ def identity(files: list[Path], artifacts: Path) -> str:
 
 
 def digest_of(files: Iterable[Path], artifacts: Path, option: str) -> str:
-    """Returns one hash of the contents of `files`, in the given order; for one file, the hash is the file's sha256.
+    """Returns one hash of the contents of `files`; for one file, the hash is the file's sha256.
 
-    Unlike `identity`, the hash does not depend on the files' names, because users choose these names.
+    The order of the files matters. Their names do not matter, because users choose them. `artifacts` and `option` are
+    those of `sha256_of`. Raises ConfigError if a file cannot be read.
     """
     hashes = list(sha256_of(files, artifacts, option).values())
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -15,7 +15,11 @@ Document = dict[str, Any]  # a JSON object
 
 
 def read_object(file: Path, fix: str) -> dict[str, Any]:
-    """Returns the object in a JSON file. Raises CorruptArtifactError, which names the file and the fix."""
+    """Returns the object in a JSON file.
+
+    Raises CorruptArtifactError if the file cannot be read or holds no object. The message names the file and ends with
+    `fix`, which tells the user what to do.
+    """
     with foreign(str(file), fix, CorruptArtifactError):
         document = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(document, dict):

@@ -66,10 +66,10 @@ def own_loras(models: ModelsConfig, root: Path) -> dict[str, tuple[str, ...]]:
 
 
 def require_distilled(models: ModelsConfig, spec: ModelSpec, root: Path) -> None:
-    """Raises ConfigError if an expert has no distilled weights, but the recipe needs them.
+    """Raises ConfigError if the recipe needs distilled weights of an expert, and the expert has none.
 
-    The weights may come from the user or from the model in `root`. Any LoRA and any file of the expert is accepted,
-    because a file does not say whether its weights are distilled.
+    An expert has them if an option names a LoRA or a file of weights for the expert, or if the model in `root` has a
+    LoRA for the recipe. Whether these weights are distilled is not checked, because a file does not say so.
     """
     own = own_loras(models, root)
     missing = tuple(expert for expert in _undistilled(models) if f"lora_{expert}" not in own)
@@ -90,7 +90,10 @@ def require_distilled(models: ModelsConfig, spec: ModelSpec, root: Path) -> None
 
 
 def is_distilled(models: ModelsConfig) -> bool:
-    """Returns whether the user gives all the distilled weights that the recipe needs."""
+    """Returns whether the user gives all the distilled weights that the recipe needs.
+
+    True also without a recipe, and for a recipe that needs no distilled weights.
+    """
     return not _undistilled(models)
 
 

@@ -89,8 +89,8 @@ def inputs_of(loras: Iterable[Lora], expert: Expert) -> list[list[str | float]]:
 def find_loras(named: NamesLoras, artifacts: Path) -> tuple[Lora, ...]:
     """Returns the LoRAs that a config names, with their hashes, in the order in which they are merged.
 
-    The names and the headers of the files are checked: each file must hold a LoRA, and must not be for another expert
-    than its option. Raises ConfigError or CorruptArtifactError.
+    Raises ConfigError for a missing file, and for a file whose name or keys show that it needs another option. Raises
+    CorruptArtifactError for a file that holds no LoRA.
     """
     return tuple(
         Lora(option, file, strength, _checked(option, file, artifacts)) for option, file, strength in _given(named)
@@ -117,7 +117,7 @@ def _checked(option: str, file: Path, artifacts: Path) -> str:
 
 @dataclass(frozen=True)
 class LoraHeader:
-    """This class holds what a LoRA file says about its tensors."""
+    """This class holds the shapes and dtypes of a LoRA file's tensors, and the file's metadata."""
 
     tensors: Mapping[str, tuple[list[int], str]]  # shape, and dtype as safetensors names it
     metadata: Mapping[str, str]
@@ -127,7 +127,8 @@ class LoraHeader:
     def of_expert(self, expert: Expert) -> list[str]:
         """Returns the keys of the tensors for one expert.
 
-        If no key says that its tensor is for the low-noise expert, returns all keys for each expert.
+        Keys that begin with "transformer_2." are for the low-noise expert, and all other keys are for the high-noise
+        expert. If no key begins so, all keys are for both experts.
         """
         second = [key for key in self.tensors if key.startswith(_SECOND)]
         if expert == "low_noise" and second:
@@ -189,7 +190,10 @@ def expert_in(name: str) -> Expert | None:
 
 
 def lora_notes(models: ModelsConfig) -> list[str]:
-    """Returns a note for each LoRA file whose tensors for CLIP image features are dropped."""
+    """Returns a note for the user about each LoRA file with dropped tensors.
+
+    Tensors for CLIP image features are dropped, because the model has no layers for them.
+    """
     headers = [(lora, read_header(lora.file, lora.flag)) for lora in loras_of(models)]
     return [
         f"{lora.flag} {lora.file.name}: the tensors for Wan2.1's CLIP image features ({header.num_dropped} in all) "

@@ -51,12 +51,12 @@ class Places:
 
 
 def read_spec(root: Path, places: Places, published: ModelSpec = A14B) -> ModelSpec:
-    """Reads a model's facts from its wanfast.json.
+    """Returns a model's facts, which wanfast.json in the model's folder `root` holds.
 
-    If wanfast.json is missing, other files give some facts: the config files of the model's layout give most sizes, and
-    model_index.json gives the noise boundary. The remaining facts are those of `A14B` if the model takes images, or
-    those of `T2V_A14B` if it takes none. If the config file of the transformer is missing too, the remaining facts are
-    those of `published`. Raises CorruptArtifactError, which names the file and the key.
+    Without wanfast.json, the config files at `places` give most sizes, and model_index.json gives the noise boundary.
+    All other facts are copied from a published model: from `A14B` if the transformer's config file describes a model
+    that takes images, else from `T2V_A14B`. If there is no such config file, they are copied from `published`.
+    Raises CorruptArtifactError, which names the file and the key.
     """
     if document := _read_facts(root / _FACTS_FILE):
         return _checked(root / _FACTS_FILE, document, lambda facts: _with_defaults(ModelSpec.from_json(facts)))

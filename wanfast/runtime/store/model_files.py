@@ -90,7 +90,10 @@ class ModelFiles:
         return files
 
     def named(self, component: Component) -> NamedExpert | None:
-        """Returns the expert that an option names for this component, or None if no option names one."""
+        """Returns what --high-noise-expert or --low-noise-expert names for an expert.
+
+        Returns None if the option is not given, and for the VAE and UMT5.
+        """
         return next((named for named in self.experts if named.expert == component), None)
 
     def require(self) -> None:
@@ -150,12 +153,12 @@ def locate_for(models: Models) -> ModelFiles:
 
 @remembered
 def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()) -> ModelFiles:
-    """Locates the model that `--model` names, and reads its facts; `experts` replace the experts of this model.
+    """Locates the model that `--model` names, and reads its facts.
 
-    If the weights of a published model are missing, the result has `exists` False. For any other missing folder, raises
-    MissingArtifactError, or ConfigError if the name is similar to that of a known model. Raises ConfigError if `model`
-    is a file, or a folder without a model of a known kind. Raises CorruptArtifactError if the model's facts are damaged
-    or contradict each other.
+    `artifacts_dir`: the artifacts folder. `experts`: experts that options name, which are used instead of the model's.
+    If the weights of a published model are missing, the result has `exists` False. Raises ConfigError if `model` is a
+    misspelled name of a model, a file, or a folder without a Wan2.2 model. Raises MissingArtifactError for any other
+    missing folder. Raises CorruptArtifactError if the model's facts are damaged or contradict each other.
     """
     artifacts, published = Path(artifacts_dir).absolute(), A14B
     check_root(artifacts)

@@ -62,8 +62,8 @@ class QuantizedExpert:
     def inputs(self, torchao: str | None, device: str | None) -> dict[str, Any]:
         """Returns all inputs of the artifact's key.
 
-        `torchao`: the version of torchao that quantizes, or None for the scheme bf16. `device`: the kind of device that
-        quantizes. For the scheme bf16, `device` is not in the key, because all devices cast to the same values.
+        `torchao`: the version of torchao that quantizes, or None for the scheme bf16. `device`: "cuda" or "cpu", where
+        the weights are quantized. The scheme bf16 ignores `device`, because all devices cast to the same values.
         """
         loras = inputs_of(self.loras, self.expert)
         return {
@@ -84,9 +84,10 @@ class QuantizedExpert:
     def find(self, *, verify: bool = False) -> Path | None:
         """Returns the artifact's folder, or None if the artifact is missing.
 
-        If torchao is not installed here, the artifact that was made with the newest torchao is taken. An artifact may
-        be made on a GPU or on a CPU; if both exist, the GPU's artifact is taken. Raises CorruptArtifactError if the
-        artifact is damaged; with `verify`, the hashes of its files are compared too.
+        For an 8-bit scheme, the artifact must be made with the installed torchao. If torchao is not installed, the
+        artifact made with the newest torchao is taken. An artifact made on a GPU is preferred to one made on a CPU.
+        `verify`: whether the hashes of the artifact's files are compared too. Raises CorruptArtifactError if the
+        artifact is damaged.
         """
         installed = torchao_version() if in_8_bits(self.scheme) else None
         made_by = installed or max(self._versions(), default=None, key=_release)
@@ -160,9 +161,9 @@ def require_experts(
 ) -> None:
     """Raises WanFastError if a quantized expert that --quantize needs is missing; the error names the command to run.
 
-    With --quantize-on-the-fly, no stored expert is needed, but torchao must be installed. `known` holds a pair for each
-    artifact that an earlier call found: (the artifact, whether its hashes were compared). This function adds the pairs
-    that it finds to `known`, so that no artifact is hashed twice.
+    With --quantize-on-the-fly, no stored expert is needed, but torchao must be installed. `known`: a set in which this
+    function remembers the artifacts that it found, as (artifact, whether its hashes were compared). If later calls
+    get the same set, no artifact is checked twice.
     """
     if models.quantize_on_the_fly:
         require_torchao("--quantize-on-the-fly")

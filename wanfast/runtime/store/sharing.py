@@ -33,8 +33,9 @@ def share(folder: Path) -> None:
 
 
 def lock_of(path: Path, timeout: float = -1) -> FileLock:
-    """Returns the lock of the lock file `path`, which every user who may write to the folder of `path` can take.
+    """Returns the lock of the lock file `path`.
 
+    Every user who may write to the folder of `path` can take the lock.
     `timeout`: the seconds for which a caller waits for the lock; -1 means without limit.
     """
     return FileLock(path, timeout=timeout, mode=stat.S_IMODE(path.parent.stat().st_mode) & _FILE | 0o600)

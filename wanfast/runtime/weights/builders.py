@@ -1,9 +1,9 @@
 """Builds the experts, the VAE and UMT5 on the meta device, shards them if asked, and fills them from their files.
 
 The matrix products of the experts and of UMT5 have the dtype of `--precision`. The VAE's encoder is always float32, and
-its decoder has the dtype of `--vae-precision`. A sharded model is sharded while on the meta device, so that a rank
-reads and holds only its own rows. An unsharded expert fuses its projections q, k and v into one linear layer. The
-projections stay separate if the tokens of every forward are split among ranks.
+its decoder has the dtype of `--vae-precision`. A model is sharded before it is filled, so that a rank reads and holds
+only its own rows. The projections q, k and v of an expert are fused into one linear layer, unless the expert is sharded
+or all its forwards split the tokens among ranks.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def build_expert(
 ) -> WanDiT:
     """Returns an expert with loaded weights; each forward splits its tokens among `ranks`.
 
-    `quantized`: if it is given, the linear layers of the expert's blocks have the scheme of `quantized`. All weights of
-    the expert then come from the artifact of `quantized`. With `on_the_fly`, they come from the files of the
-    unquantized model instead, and are quantized while they are read.
-    `sharded`: whether each rank holds only its own rows. `device`: where the weights are, by default the rank's device.
-    `merge`: merges LoRAs into the weights of the unquantized model. The weights of an artifact are not changed, because
-    LoRAs were merged before the artifact was stored. Raises MissingArtifactError or CorruptArtifactError.
+    Without `quantized`, the weights are read from the expert's files. With `quantized`, the weights are read from the
+    artifact of `quantized`, and the linear layers of the expert's blocks have its scheme. With `quantized` and
+    `on_the_fly`, the expert's files are read instead, and the weights of these layers are quantized during loading.
+    `merge`: merges LoRAs into weights from the expert's files; an artifact already contains its LoRAs. `attend`: the
+    attention of the blocks. `sharded`: whether each rank holds only its own rows. `device`: where the weights are, by
+    default the rank's device. Raises MissingArtifactError or CorruptArtifactError.
     """
     scheme = quantized.scheme if quantized else None
     model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, scheme=scheme, sharded=sharded)

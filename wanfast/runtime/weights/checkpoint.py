@@ -1,12 +1,12 @@
 """This module loads and saves weights: safetensors files, or the two `.pth` files of the original layout.
 
 A module is built on the meta device, where its parameters have names, shapes and dtypes but no values. `load` fills the
-parameters one by one: it reads the values from the memory-mapped file, moves them to the device, and casts them. So a
-bf16 model is read from an fp32 file without a second copy of the model.
-A rank group reads each byte of the files about once. If a parameter is sharded, each rank reads its own rows. If a
+parameters one by one: it reads the values from the memory-mapped file, moves them to the device, and casts them. So
+a bf16 model is read from an fp32 file, and no second copy of the model is in memory.
+The ranks of a rank group share the reading. If a parameter is sharded, each rank reads its own rows. If a large
 parameter is not sharded, each rank reads a part of it, and the ranks exchange the parts.
-A Reader knows how one file stores its tensors: as plain values, or as numbers that are multiplied by scales. If a
-file holds 8-bit numbers of the same kind as the module's quantized layers, they are loaded without a second rounding.
+A Reader knows how one file stores its tensors: as plain values, or as numbers that are multiplied by scales. If the
+numbers have the 8-bit dtype of the module's quantized layers, and no LoRA is merged, they are loaded unchanged.
 Loading is strict: a tensor that is missing, unexpected or duplicate is an error. A tensor with a wrong shape, a wrong
 dtype or a value that is not finite is an error too. The error names the tensor and the file.
 """
@@ -45,7 +45,7 @@ _WORTH_SHARING = 1 << 20  # values: for fewer, an exchange costs more than readi
 
 
 def unmerged(name: str, rows: Tensor, span: tuple[int, int]) -> tuple[Tensor, Finite]:
-    """Returns the rows unchanged; this MergeFn is the default, and merges nothing."""
+    """Returns (`rows`, {}); this MergeFn is the default, and merges nothing."""
     return rows, {}
 
 
@@ -180,7 +180,8 @@ def stream(
 ) -> Iterator[tuple[str, TensorRows]]:
     """Yields (name, rows) for each tensor of `module`, in the order of the files; `module` is on the meta device.
 
-    Both the iteration and a call of `rows` may raise CorruptArtifactError.
+    The call `rows(first, end)` reads the rows first..end-1 of the tensor. The iteration and this call may raise
+    CorruptArtifactError.
     """
     source = _Source(files, network, layout, reader)
     for tensor in _in_order_of_files(_match(_to_read(module.state_dict(), {}), source), source):
@@ -283,7 +284,10 @@ class _Part:
     is_shared: bool  # every rank reads a part, and all hold the whole
 
     def whole(self, rows: Tensor, ranks: Ranks) -> Tensor:
-        """Returns what this rank holds of the parameter; `rows` are the rows that this rank read."""
+        """Returns this rank's parameter: the whole tensor, or a DTensor of `rows` if the parameter is sharded.
+
+        `rows`: the rows that this rank read. All ranks must call this method together.
+        """
         return ranks.gather_rows(rows) if self.is_shared else from_own_rows(rows, self.wanted)
 
 
@@ -383,9 +387,9 @@ _REMAP_BYTES = 1 << 30
 
 
 class SafetensorsReader:
-    """Reads a memory-mapped file, and maps the file again after each gigabyte.
+    """This Reader reads a memory-mapped safetensors file.
 
-    Pages that were read stay resident until their mapping ends.
+    After each gigabyte, the file is mapped again, which frees the memory of the pages that were read.
     """
 
     def __init__(self, file: Path) -> None:

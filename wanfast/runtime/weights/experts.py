@@ -1,10 +1,11 @@
-"""This module places the two experts: both on the device, or one on the device and both in pinned host memory.
+"""This module places the two experts in memory: they are either resident or offloaded.
 
-If both are on the device (resident), weights are evicted when the VAE needs the memory.
-With offloading, the idle expert is only in host memory. One expert runs at a time, and each video changes once from one
-expert to the other. Both experts have the same shapes, so the device holds ONE set of parameters. During the last
-high-noise forward, the low-noise weights overwrite the weights of each block as soon as the block has run. This copy
-(28.6 GB in bf16, about a second) overlaps with the forward and needs no additional GPU memory.
+Resident: both experts are on the device. Weights are evicted when the VAE needs the memory.
+
+Offloaded: both experts are in pinned host memory, and the device holds the weights of one expert at a time. A video
+begins with the high-noise expert, and ends with the low-noise expert. During the last high-noise forward, the low-noise
+weights overwrite the weights of each block as soon as the block has run. This copy (28.6 GB in bf16, about a second)
+overlaps with the forward and needs no additional GPU memory.
 Cost of offloading: 58 to 64 GB of pinned host memory, and one copy of an expert to the device before a video's first
 step.
 """
@@ -35,8 +36,8 @@ class Experts(Protocol):
         """Returns (the expert, ready to run; a function to pass to the expert's forward as `after_block`).
 
         `blocks`: whether this forward runs the expert's blocks; False if a cached residual replaces them.
-        `then`: the expert that runs next, if no later forward runs the blocks of `expert`; otherwise None. If `then` is
-        given, `after_block` may already load the blocks of that expert.
+        `then`: None, except in the last high-noise forward that runs the blocks. In this forward, `then` is
+        "low_noise", and `after_block` may overwrite each block that has run with the low-noise expert's block.
         """
         ...
 
@@ -62,14 +63,15 @@ class Experts(Protocol):
 class ResidentExperts:
     """Holds both experts on the device, and evicts weights to pinned host memory when the VAE needs device memory.
 
-    The host copies are kept until the weights are overwritten. A later eviction of the same weights only frees their
-    GPU memory.
-    `may_move`: False disables eviction. `may_move` must be False if several ranks replay captured graphs that contain
-    collectives. After an eviction, a rank would have to capture its graphs again, while the other ranks would replay
-    their graphs. Then the collectives of the ranks would not match.
+    The copies in host memory are kept until the weights are overwritten, so that weights are copied only at their first
+    eviction.
+    `may_move`: False disables eviction. It must be False if several ranks replay captured graphs that contain
+    collectives.
     """
 
     def __init__(self, experts: dict[Expert, WanDiT], device: str, *, may_move: bool = True) -> None:
+        # After an eviction, a rank would capture its graphs again while other ranks replay theirs; then the collectives
+        # of the ranks would not match. So eviction can be disabled.
         self._experts, self._device, self._may_move = experts, device, may_move
         self._host: dict[nn.Parameter, Tensor] = {}
         self._evicted: set[nn.Parameter] = set()  # the keys of _host that are not on the device
@@ -136,8 +138,8 @@ class ResidentExperts:
 class OffloadedExperts:
     """Holds the weights of both experts in host memory; the running expert's weights are also on the device.
 
-    `hosted`: both experts, with weights on the CPU. On the device, the module of the first expert runs with the weights
-    of either expert.
+    `hosted`: both experts, with weights on the CPU. They have the same shapes, so one module runs both of them: the
+    first expert's module, whose weights on the device are overwritten when the expert changes.
     """
 
     def __init__(self, hosted: dict[Expert, WanDiT], device: str) -> None:

@@ -1,7 +1,7 @@
-"""Reads the weights of an expert in any of the forms that `store.expert_files` lists.
+"""Reads the weights of an expert from any kind of file in the table of `store.expert_files`.
 
-If a tensor has a scale, the file holds fp8 or int8 numbers. `checkpoint` multiplies them by the scale, in float32 on
-the device. The package gguf dequantizes the blocks of a GGUF file into float32 on the CPU.
+Some files hold fp8 or int8 numbers and their scales: `checkpoint` multiplies them, in float32 on the device. A GGUF
+file holds blocks: the package gguf dequantizes them into float32 on the CPU. All other files hold plain values.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Source(TypedDict):
 def source_of(files: ModelFiles, expert: Expert, ranks: int = 1) -> Source:
     """Returns the source of an expert: the files that an option names, or else the files in the model's folder.
 
-    `ranks`: how many ranks read at the same time; they share the CPU cores. Raises WanFastError.
+    `ranks`: how many ranks read at the same time; each of them uses an equal share of the CPU cores. Raises
+    WanFastError.
     """
     named = files.named(expert)
     if named is None:

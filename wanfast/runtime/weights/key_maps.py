@@ -155,10 +155,10 @@ _CHANGED: Mapping[LoraPart, tuple[str, ...]] = {  # the endings of the parameter
 
 
 def lora_spellings(names: Iterable[str]) -> dict[str, str]:
-    """Returns {spelling in LoRA files: our name} of the expert's parameters.
+    """Returns {name that a LoRA file may use: our name} for the expert's parameters.
 
-    A file has the names of the original or the Diffusers layout. Some files have underscores instead of the dots of a
-    module's path.
+    `names`: our names of the parameters. A LoRA file may use the names of the original layout or of Diffusers' layout,
+    and may write the dots of a module's path as underscores.
     """
     spellings: dict[str, str] = {}
     for name in names:
@@ -171,8 +171,8 @@ def lora_spellings(names: Iterable[str]) -> dict[str, str]:
 def lora_part(key: str, spellings: Mapping[str, str]) -> tuple[str, LoraPart, str] | None:
     """Returns (module's path in the file, part, our name of the parameter) of a LoRA's key.
 
-    `part` says what the key's tensor is, such as "down" or "alpha". `spellings` comes from `lora_spellings`. Returns
-    None for a key that matches nothing.
+    The part says what the key's tensor is, such as "down" or "alpha". `spellings`: the result of `lora_spellings`.
+    Returns None if the key has no known part, or if the expert has no such parameter.
     """
     rest = key[_LORA_PREFIX.match(key).end() :]  # type: ignore[union-attr]  # it matches the empty text too
     for part, ending in _LORA_ENDINGS.items():

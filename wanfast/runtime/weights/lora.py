@@ -1,12 +1,12 @@
 """Merges LoRA files into an expert's weights while the weights are loaded, so that forwards take no more time.
 
     weight += strength * alpha / rank * up @ down        (without alpha: strength * up @ down)
+    weight += strength * difference                      (only in some files; the difference has the weight's shape)
 
 Products and sums are computed in float32, one tensor at a time; then the sum is cast or quantized. If only some rows of
-a weight are loaded, only the same rows of `up` are read and multiplied. Some files also hold differences of whole
-tensors; each difference is multiplied by the strength and added. All keys and shapes are compared with those of the
-model before a weight is read. Alpha comes from a tensor of the file, from the file's metadata, or from the config that
-PEFT writes beside the file.
+a weight are loaded, only the same rows of `up` are read. Before a weight is read, all keys and shapes are compared with
+those of the model. Alpha is a tensor of the file, or a number in the file's metadata or in the config that PEFT writes
+beside the file.
 Source: LoRA (arXiv 2106.09685); rank-stabilised LoRA (arXiv 2312.03732) divides alpha by sqrt(rank).
 
 Shapes: N out, K in, r rank; down [r, K], up [N, r]. A convolution's factors have more dimensions, which are flattened.
@@ -54,9 +54,9 @@ class _Change:
     keys: tuple[str, ...]  # (difference,) or (up, down)
 
     def add_to(self, sums: Tensor, span: tuple[int, int]) -> Finite:
-        """Adds the change's rows `span` to `sums`, which holds the same rows of the weight in float32.
+        """Adds the change to `sums` in place; `sums` holds the rows `span` (first, end) of the weight in float32.
 
-        Returns for each tensor of the LoRA file that was read whether all its values are finite.
+        Returns {(file, key): whether all values are finite} for the tensors of the LoRA file that were read.
         """
         first, *others = (self._read(key, each, sums) for key, each in zip(self.keys, (span, None), strict=False))
         if others:

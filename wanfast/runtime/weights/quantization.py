@@ -1,9 +1,8 @@
 """Quantizes the weights of linear layers, and replaces the linear layers of a model by quantized ones.
 
-torchao computes 8-bit values and one scale for each row. The values and the scales are stored as plain tensors. The
-quantized layers are those of `models.quantized`, not those of torchao. Our layers compile in seconds, and a compiled
-block stays one graph. LOG.md compares both kinds of layers. Rows are independent of each other, so a weight can be
-quantized a few rows at a time.
+torchao computes 8-bit values and one scale for each row. The values and the scales are stored as plain tensors. Rows
+are independent of each other, so a weight can be quantized a few rows at a time. The quantized layers are those of
+`models.quantized`. torchao's own layers are not used, because they cannot be sharded, and some compile slowly.
 """
 
 from __future__ import annotations
