@@ -199,7 +199,7 @@ def test_a_file_that_changes_after_the_plan_is_refused(experts: Path) -> None:
     files = model_files.locate_for(models)
     assert loading._merges(files, models).keys() == {"high_noise", "low_noise"}
     FORMS["GGUF Q8_0"](experts / "low_noise.gguf", tiny("high_noise"))
-    with pytest.raises(ConfigError, match="an expert: a file changed since the plan was made"):
+    with pytest.raises(ConfigError, match="the file of an expert changed since the plan was made"):
         loading._merges(files, models)
 
 

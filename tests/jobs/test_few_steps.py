@@ -290,7 +290,9 @@ def test_a_handle_takes_the_recipe_and_the_weights_by_either_call(pair: None, wo
 
 
 def test_curves_are_measured_without_distilled_weights() -> None:
-    with pytest.raises(ConfigError, match="--recipe hybrid: a curve is measured without distilled weights"):
+    with pytest.raises(
+        ConfigError, match="--recipe hybrid: this recipe uses distilled weights, but a curve is measured without them"
+    ):
         of_command({"recipe": "hybrid"}, "calibrate-magcache")
 
 

@@ -139,7 +139,7 @@ def test_a_file_that_changes_after_the_plan_is_refused(loras: tuple[str, str], w
     models = identified(ModelsConfig(model="tiny", lora=(loras[0],), artifacts_dir=str(workdir / "artifacts")))
     assert loading._merges(files, models).keys() == {"high_noise", "low_noise"}
     (workdir / loras[0]).write_bytes((workdir / loras[1]).read_bytes())
-    with pytest.raises(ConfigError, match="--lora: a file changed since the plan was made"):
+    with pytest.raises(ConfigError, match="the file of a LoRA changed since the plan was made"):
         loading._merges(files, models)
 
 

@@ -1,12 +1,16 @@
 """Measures the quality of the tiny model's videos; `make tiny-quality` runs this module.
 
-Pairs of image and prompt go through the pipeline that `wanfast generate` runs. Some prompts ask for the motion of a
-shape: a combination of shape, colour and motion that training never shows. The other prompts ask for a motion of the
-camera over a held-out photograph. Each video is compared with the true clip, and the video's motion is classified: a
-tracker follows the shape, and registration of the frames follows the camera. Runs with an empty prompt are a control:
-without the prompt the motion is right only by chance. In some runs, the model also gets the clip's last frame, and the
-figures say how many videos reach this frame. The VAE is measured on the true clips. The command writes JSON and a plot
-of the ratios of residual norms from step to step.
+Each test is a pair of image and prompt: the first frame and the caption of a rendered clip. The pipeline of
+`wanfast generate` makes a video of each pair, and the video is compared with the clip. Some prompts ask for a motion of
+a shape; training never shows this combination of shape, colour and motion. With --photographs, other prompts ask for a
+motion of the camera over a photograph that training never shows. A test is passed if the video shows the requested
+motion. To find the motion, a tracker follows the shape, and an alignment of the frames follows the camera.
+
+Some pairs run again with an empty prompt: then the motion is right only by chance. Some run again with the clip's last
+frame as a second image: the results say how many videos reach this frame. The VAE alone is measured on the rendered
+clips.
+The command prints the results. With --output, it also writes them as a JSON file, and plots the ratios of residual
+norms from step to step.
 """
 
 from __future__ import annotations
@@ -324,9 +328,11 @@ _METRICS = (
 
 
 def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float) -> dict[str, Any]:
-    """Returns the figures of videos with moving shapes.
+    """Returns the results as a JSON document, with mean qualities and the share of videos that show the right motion.
 
-    If there are videos with a moving camera, the key "camera" holds the figures of these videos.
+    These values are for the videos with a moving shape. If there are videos with a moving camera, the key "camera"
+    holds the same values for them. `results`: what `Judge` returned for each video. `seconds`: how long all videos
+    took; the document only records it.
     """
     shapes, cameras = ([row for row in results if row["mover"] == mover] for mover in ("shape", "camera"))
     ratios = np.mean([row["ratios"] for row in shapes if row["with_prompt"]], axis=0)
@@ -389,7 +395,11 @@ def figures_of_last(psnrs: list[float]) -> dict[str, Any]:
 
 
 def plot(summary: dict[str, Any], boundary: float, file: Path) -> None:
-    """Plots, for each step, the residual's norm divided by the norm at the step before; each expert has a line."""
+    """Plots each step's residual norm divided by the norm of the step before, and saves the plot as `file`.
+
+    `summary`: the result of `summarise`. `boundary`: the lowest noise level, 0 to 1, of the high-noise expert. The plot
+    has one colour for each expert.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -430,12 +440,13 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
         "--guidance",
         type=float,
         default=None,
-        help="guidance scale of both experts; by default, the model's own scale of the high-noise expert",
+        help="guidance scale of both experts; by default, both use the model's scale for the high-noise expert",
     )
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--quantize", choices=get_args(Scheme), help="quantize the experts by this scheme")
     parser.add_argument(
-        "--photographs", help="the zip file of `python -m training.photographs`; without it, only shapes are used"
+        "--photographs",
+        help="zip file that `python -m training.photographs` wrote; without it, all scenes are of shapes",
     )
     parser.add_argument("--side", type=int, default=SIZE, help="width and height of the videos in pixels")
     parser.add_argument("--frames", type=int, default=FRAMES)
@@ -445,7 +456,10 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Settings:
-    """Returns the settings that the options give; ends the process if --photographs needs OpenCV, which is missing."""
+    """Returns the settings that the options give.
+
+    Ends the process with an error if --photographs is given, but OpenCV is missing.
+    """
     if options.photographs and find_spec("cv2") is None:
         parser.error("--photographs needs OpenCV: pip install 'wanfast[quality]', or omit --photographs")
     spec = model_files.locate(options.model, "artifacts").spec
@@ -463,7 +477,10 @@ def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
 
 
 def require_plotting(parser: argparse.ArgumentParser, output: Path | None) -> None:
-    """Ends the process if a plot will be written beside `output`, but matplotlib is missing."""
+    """Ends the process with an error if `output` is given, but matplotlib is missing.
+
+    If `output` is None, no plot is drawn, and matplotlib is not needed.
+    """
     if output is not None and find_spec("matplotlib") is None:
         parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
 
@@ -482,8 +499,13 @@ def movers_of(settings: Settings) -> tuple[Mover, ...]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--empty", type=int, default=25, help="number of pairs that also run with an empty prompt")
-    parser.add_argument("--last", type=int, default=25, help="number of pairs that also run with the last frame given")
+    parser.add_argument("--empty", type=int, default=25, help="how many of the --pairs run again, with an empty prompt")
+    parser.add_argument(
+        "--last",
+        type=int,
+        default=25,
+        help="how many of the --pairs run again, with the clip's last frame as a second image",
+    )
     parser.add_argument(
         "--output", type=Path, default=None, help="JSON file; a PNG file with the plot is written beside it"
     )

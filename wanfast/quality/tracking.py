@@ -74,8 +74,9 @@ def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Motion
 def soft_mask(frame: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> npt.NDArray[np.float64]:
     """Returns [H, W] in 0..1: how much each pixel belongs to the shape.
 
-    A pixel's value depends on the distance, in RGB, from its colour to a line. This line joins the shape's lit colour
-    and the shape's shaded colour.
+    The shape's colours are all shades between its lit and its shaded colour. A pixel with such a colour gets 1. A pixel
+    gets less if its colour differs more (distance in RGB), and 0 from a certain distance on. A pixel that lies far from
+    the rest of the shape gets 0 too.
     """
     lit = np.array(colour, dtype=np.float64)
     shaded = lit * _SHADE

@@ -103,12 +103,12 @@ def is_held_out(shape: str, colour: str, motion: str) -> bool:
 
 
 def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15) -> Scene:
-    """Returns a random scene of shapes; the same `seed` gives the same scene.
+    """Returns a random scene of shapes; the same arguments give the same scene.
 
     If `held_out` is true, the scene's combination of shape, colour and motion is held out of training. Otherwise
-    training may show this combination. `camera_share` is about the share of training scenes in which the camera moves;
-    among held-out scenes, the share is smaller. If the camera moves, the caption also names the camera's motion, and
-    the subject stands still.
+    training may show this combination. `camera_share`: the approximate probability that the camera moves in a training
+    scene; in a held-out scene, the probability is smaller. If the camera moves, the caption also names the camera's
+    motion, and the subject stands still.
     """
     rng = random.Random(f"{seed}/{held_out}")
     while True:
@@ -156,10 +156,11 @@ def draw_photo_scene(seed: int, photographs: Photographs, size: tuple[int, int],
 def camera_scene(
     index: int, photographs: Photographs, size: tuple[int, int], *, photograph: int | None = None
 ) -> Scene:
-    """Returns the scene at `index` of the scenes by which the model's camera motions are judged.
+    """Returns a scene in which the camera moves over a photograph; such scenes test the model's camera motions.
 
-    Successive scenes go through all camera motions in a cycle, and through all photographs in another cycle. If
-    `photograph` is given, the scene shows the photograph at this index.
+    `index` is the scene's number. From scene to scene, the next camera motion and the next photograph are taken; after
+    the last one, the first one is taken again. `photograph`: the index of the photograph, if it is not to be the next.
+    `size`: (width, height) of the frames in pixels.
     """
     rng = random.Random(f"{index}/judge")
     name = list(CAMERAS)[index % len(CAMERAS)]

@@ -51,12 +51,11 @@ class EffectiveConfig:
 
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
-        """Returns the effective config of the `given` options; if a recipe is given, its options are added.
+        """Returns the effective config of the `given` options; if a recipe is given, its options are added to them.
 
-        Every other option gets its value from `answers`, else from `own`, else from the option's default. `answers`
-        holds values that the program chose, such as the seed; `own` holds the model's own defaults. Some options have
-        no default, such as the seed and the device. If neither `given` nor `answers` has such an option, it gets a
-        placeholder.
+        Every other option gets the first of these values that exists: the value in `answers`, which the program chose
+        (the seed, for example); the model's own default, in `own`; the option's default. Four options have no default.
+        Without a value, the seed is 0, the device is "cuda", and the image and the prompt are empty.
         Raises ConfigError, which names the option.
         """
         chosen = {name: value for name, value in with_recipe(accepted(given)).items() if value is not None}
@@ -144,9 +143,10 @@ def accepted(given: Options) -> dict[str, Any]:
 
 
 def of_command(given: Options, command: Command) -> dict[str, Any]:
-    """Returns the `given` options and, if a recipe is given, those of the recipe's options that `command` has.
+    """Returns the options with which a warmup or a calibration runs: the `given` ones and those of a given recipe.
 
-    The option `recipe` itself is left out. A recipe's lossy attention is left out too, unless `command` is "warmup".
+    A recipe's option is left out if `command` does not have this option. `recipe` itself is left out too. A calibration
+    measures exact attention, so it also leaves out a recipe's lossy attention.
     Raises ConfigError for a wrong option; the error names this option.
     """
     given = accepted(given)
@@ -157,8 +157,8 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
     recipe = chosen.pop("recipe", None)
     if recipe and RECIPES[recipe].distilled and command == "calibrate-magcache":
         raise ConfigError(
-            f"--recipe {recipe}: a curve is measured without distilled weights, because distilled steps are never "
-            "skipped: drop --recipe"
+            f"--recipe {recipe}: this recipe uses distilled weights, but a curve is measured without them: drop "
+            "--recipe"
         )
     if recipe and has_levels(recipe) and command == "calibrate-attention":
         raise ConfigError(

@@ -1,10 +1,11 @@
 """Describes a command-line option as an annotated field of a config; the annotation holds help, check and commands.
 
-    steps: Annotated[int, Option("Denoising steps.", SAMPLING, own=True, check=between(1, 1000))]
+    steps: Annotated[int, Option("Denoising steps.", SAMPLING, own=True, check=between(1, 1000, "use 1 to 1000"))]
 
-The field's type is the type of the effective value. A given value may have another type: for example, --num-gpus takes
-a number or "auto", and its effective value is a number. Then `asked` names the type of the given value. An option of
-the type tuple[str, ...] may be given several times.
+Here, --help shows the option in the panel SAMPLING, and `own=True` means that the model has its own default.
+The field's type is the type of the effective value. If a user may give another type, the argument `asked` of `Option`
+names this type: for example, --num-gpus takes a number or "auto", and its effective value is a number. An option of the
+type tuple[str, ...] may be given several times.
 """
 
 from __future__ import annotations

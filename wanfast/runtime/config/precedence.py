@@ -24,9 +24,9 @@ _DENSITIES = {"density", "attention_plan"}  # at most one of them may be given
 def without_overridden(options: Options, nearer: Options) -> dict[str, Any]:
     """Returns `options` without the options that `nearer`, a source of higher priority, overrides.
 
-    An option is overridden if `nearer` has the same option, or an option that conflicts with it. Conflicts exist
-    within each of five subjects: skips; the schedule; precision and quantization; lossy attention; the images, the
-    clips and the earlier video that a video starts from. `continue_from` also overrides `size` and `fps`.
+    An option in `nearer` overrides the same option, and every option that contradicts it. For example, `sigmas`
+    overrides `steps` and `shift`, `image` overrides `continue_from`, and `magcache` overrides all other options of
+    MagCache. `continue_from` also overrides `size` and `fps`.
     """
     skipping = options_of(SkippingConfig)
     amounts = {name for name, field in skipping.items() if field.option.choice}
@@ -57,14 +57,18 @@ def without_overridden(options: Options, nearer: Options) -> dict[str, Any]:
 
 
 def repeated(ran: Options, asked: Options, typed: Options) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what a new run with the `typed` options takes over from an earlier run.
+    """Returns the options of a new run that repeats an earlier run, but with the `typed` options.
 
-    `ran`: the value of each option in the earlier run, given or derived. `asked`: the options that were given for the
-    earlier run. The result is a pair of mappings from options to values. The first mapping holds the values for the new
-    run. The second mapping holds those options of `asked` that the new run still has.
-    Both mappings leave out the typed options and the options that a typed option overrides. A typed recipe overrides
-    the options of the earlier recipe, and all lossy options. If a value of `ran` was derived from an option that
-    changes, the first mapping has the value in `asked` instead, or no value.
+    `ran`: the value of each option in the earlier run, given or derived. `asked`: only the options that were given for
+    the earlier run. The result is two mappings from options to values:
+
+    * the options that the new run takes from the earlier run;
+    * the options of `asked` that the new run still has.
+
+    Neither mapping has an overridden option. A typed option overrides the same option, and every option that
+    contradicts it. A typed recipe also overrides all options of the earlier recipe, and all lossy options.
+    If a value in `ran` was derived from a typed or overridden option, the first mapping leaves this value out, so that
+    it is derived again. But if `asked` has the option, the first mapping holds the value in `asked`.
     """
     ranks = {name: ran[name] for name in ("num_gpus",) if name in ran}
     nearer = {

@@ -1,13 +1,14 @@
 """Defines the recipes: named sets of options. An option that the user gives overrides the recipe's value.
 
-The published recipes come from a published benchmark, which ran the reference program on 8 GPUs. The first of these
-recipes uses the FlashAttention-2 that is part of torch, because FlashAttention-2's own package has no wheel. The others
-use further switches of the reference program. In all published recipes, the ranks compute both branches of guidance one
-after the other, and share the tokens of each branch. The models are sharded, unless the experts are quantized. Each
-branch skips forwards separately.
+There are three groups:
 
-For our recipes (`exact`, `near-exact`, `fast`), wanfast chooses the mesh. The recipes of few steps need distilled
-weights. These recipes have lists of noise levels, because weights are distilled for certain noise levels.
+* Our recipes (`exact`, `near-exact`, `fast`). wanfast chooses the mesh.
+* The recipes of few steps. They need distilled weights. Each has a list of noise levels, because weights are distilled
+  for certain noise levels.
+* The published recipes. They repeat a published benchmark, which ran the reference program on 8 GPUs. Each rank
+  computes both branches of guidance, and the ranks share the tokens. The models are sharded, except quantized experts.
+  MagCache skips forwards in each branch separately. `baseline` uses the FlashAttention-2 that is part of torch, because
+  FlashAttention-2's own package has no wheel.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def with_recipe(given: Options) -> dict[str, Any]:
 
 
 def without_lossy_attention(options: Options) -> dict[str, Any]:
-    """Returns `options` without the options that only lossy attention has, and without a lossy --attention."""
+    """Returns `options` without a lossy --attention, and without the options that need one, such as --density."""
     gone = {*OF_LOSSY, "attention"} if options.get("attention") in LOSSY_ATTENTION else set(OF_LOSSY)
     return {option: value for option, value in options.items() if option not in gone}
 
@@ -167,8 +168,9 @@ def has_levels(name: object) -> bool:
 def overridden(effective: Options, own_rule: MagCacheRule) -> dict[str, Any]:
     """Compares the effective options with their recipe, and returns {option: effective value} for each difference.
 
-    Lossy options that the recipe does not set are compared with their defaults. `own_rule` is the model's own value of
-    --magcache-rule. If the options name no recipe, the result is empty.
+    An option that the recipe sets is compared with the recipe's value. An option that the recipe does not set counts
+    only if it is lossy: it is compared with its default. `own_rule` is the model's own default of --magcache-rule.
+    If `effective` names no recipe, the result is empty.
     """
     if (name := effective.get("recipe")) is None:
         return {}

@@ -30,7 +30,11 @@ def magcache_settings(name: str) -> tuple[float, int, float] | None:
 
 
 def default_rule(options: Mapping[str, Any], own: MagCacheRule) -> MagCacheRule:
-    """Returns the default of --magcache-rule for these effective options; `own` is the model's own rule."""
+    """Returns the default of --magcache-rule, which says which experts may skip forwards.
+
+    The default is "both-experts" if the effective `options` have --magcache-budget, --magcache-skip or --sigmas.
+    Otherwise it is `own`, the model's own default.
+    """
     is_both = any(options[name] is not None for name in ("magcache_budget", "magcache_skip", "sigmas"))
     return "both-experts" if is_both else own
 

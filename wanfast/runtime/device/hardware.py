@@ -35,11 +35,11 @@ _SCARCE_BYTES = 4 << 30  # three times the largest tensor of a decoder at 1280x7
 
 
 def prepare(device: str, precision: str, tf32: bool | None) -> None:
-    """Checks that torch can use `device`, and sets whether float32 operations on a GPU may use TF32.
+    """Checks that torch can use `device`, and sets whether a GPU may use TF32 for float32 operations.
 
-    If `tf32` is True (--tf32) or False (--no-tf32), this value applies to convolutions and to matrix products. If
-    `tf32` is None, matrix products may not use TF32. Convolutions then may use TF32 if `precision` is bf16, as in the
-    reference, but not if `precision` is fp32.
+    `tf32` is True (--tf32), False (--no-tf32) or None (neither). True and False apply to matrix products and to
+    convolutions. None means: matrix products may not use TF32; convolutions may use it if `precision` is "bf16", as in
+    the reference, but not if it is "fp32".
     Raises ConfigError if torch cannot use the device.
     """
     if device == "cuda" and not torch.cuda.is_available():

@@ -31,11 +31,11 @@ class Stopwatch:
 
 
 class StepTimes:
-    """Measures the seconds of each step, on a GPU by CUDA events, so that the host need not wait for every step.
+    """Measures the seconds of each step.
 
-    Call the object before and after every step. The seconds of the first step include compilation. After the first
-    step, the call waits for the GPU, so that the next report of progress comes when this step has really ended. The
-    parent uses the time of this report to decide whether a later step hangs.
+    Call the object with 0 before the first step, and with the number of finished steps after each step. The first
+    step's seconds include compilation. On a GPU, CUDA events measure the steps, so the calls do not wait for the GPU.
+    The only exception is the call after the first step.
     """
 
     def __init__(self, device: str) -> None:
@@ -46,7 +46,7 @@ class StepTimes:
         """Notes the moment at which `done` steps are finished; a second call with the same number does nothing."""
         if done == len(self._moments):
             self._moments.append(_event() if self._device == "cuda" else _Moment())
-            if done == 1:
+            if done == 1:  # this step's report must not come early: the parent judges by it whether a later step hangs
                 self._moments[1].synchronize()
 
     def seconds(self) -> list[float]:

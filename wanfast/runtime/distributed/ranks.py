@@ -83,8 +83,8 @@ class Ranks:
         """Runs `work()` on every rank, and returns on each rank the result of this rank's own call.
 
         If `work` raises a WanFastError on any rank, all ranks raise a WanFastError. `work` must not use collectives,
-        because a rank that failed would not reach them. The VAE's exchanges are the exception. A rank that runs out of
-        memory still takes part in these exchanges, and any other error between two exchanges ends the rank group.
+        because a rank that failed would not reach them. The VAE may exchange tensors inside `work`, because a rank that
+        runs out of memory still does these exchanges (`vae_parallel`).
         """
         error, result = None, None
         try:

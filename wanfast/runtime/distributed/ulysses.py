@@ -54,9 +54,10 @@ class Ulysses:
         return packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
     def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
-        """Returns the attention of this rank's queries to all `num_tokens` tokens; `attend` computes the attention.
+        """Returns the self-attention [B, n, H, D] of this rank's n tokens, with padding, to the tokens of all ranks.
 
-        The result is [B, n, H, D], where n is the number of this rank's queries.
+        `projections` computes q, k and v of this rank's tokens. `num_tokens`: the number of tokens of all ranks,
+        without padding. `attend`: the attention kernel.
         """
         sent = [self._send(projections.by_heads(name, self.group.size())) for name in "qk"]
         all_v = self._all_values(projections)
@@ -64,14 +65,14 @@ class Ulysses:
         return self._returned(attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens]))
 
     def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> Tensor:
-        """Computes the same attention as `attention`, but in float8; ranks exchange half as many bytes as in bf16.
+        """Computes the same as `attention`, but in float8, so that the ranks exchange half as many bytes as in bf16.
 
-        While q is sent, the ranks exchange statistics of their k and v: sums and extremes. With these, every rank
-        computes the same scales, and the same means to subtract from k and v. So the float8 values are equal to those
-        of a single rank.
+        The float8 values are the same as on a single rank, because all ranks use the same scales and the same means of
+        k and v.
         """
         size, rank = self.group.size(), self.group.rank()
         sent = [self._send(projections.queries(size).view(torch.uint8))]
+        # While q is sent, the ranks exchange sums and extremes of their k and v.
         found = projections.scaling(self.stack(projections.statistics(*self.own(num_tokens), num_tokens)))
         sent += [self._send(x.view(torch.uint8)) for x in projections.keys_and_values(found, size)]
         q, k, v = (rearrange(wait().view(FP8), "P B l h D -> B (P l) h D") for wait in sent)

@@ -7,11 +7,13 @@ own queries. Any number of ranks can share a frame. If there are more ranks than
 rows. Some ranks may have one row more than others. A collective would need equal shapes, so tensors are sent from rank
 to rank instead.
 
-If a rank stopped, its neighbours would wait in their next exchange, until `--rank-timeout` is over (gloo) or NCCL's
-watchdog ends the process. So a rank that runs out of memory still does all exchanges that other ranks wait for
-(`missed`). This rank repeats its work on the meta device, which computes shapes only, and sends zeros. Afterwards all
-ranks repeat the VAE's work, or all raise the same error. Any other error ends the rank and its whole rank group.
-NCCL's own error for lack of memory is one of these other errors.
+A rank that runs out of memory must not stop at once: its neighbours would wait in their next exchange, until
+`--rank-timeout` is over (gloo) or NCCL's watchdog ends the process. So this rank still does all exchanges (`missed`):
+it repeats its work on the meta device, which computes only shapes, and sends zeros of these shapes. Then all ranks drop
+their results. If each rank that lacked memory can evict weights, all ranks repeat the VAE's work. Otherwise all ranks
+raise the same error.
+An error that does not mean lack of memory ends the rank and its whole rank group. So does an error of NCCL itself, even
+if its cause is lack of memory.
 
 Shapes: B batch, C channels, T frames, h own rows, w columns.
 """
@@ -48,10 +50,10 @@ class Exchanges:
 
 
 class MissedExchanges(Exchanges):
-    """Sends zeros for a rank that ran out of memory, because other ranks wait for this rank's tensors.
+    """Replaces `Exchanges` on a rank that ran out of memory: sends zeros, because other ranks wait for its tensors.
 
-    The rank repeats its work on the meta device only to learn the shapes that it must send. The first `done` exchanges
-    are left out, because the rank did them before it ran out of memory.
+    The rank repeats its work on the meta device, which gives the shapes of the tensors. `done`: how many exchanges the
+    rank did before it ran out of memory; the repeated work sends nothing in these. `device`: where the zeros lie.
     """
 
     def __init__(self, done: int, device: str) -> None:

@@ -1,12 +1,13 @@
 """This module runs an attention kernel on two small problems, and compares its results with the formula in float64.
 
 A package that can be imported may still lack kernels for this GPU, or need another layout or CUDA version. So the state
-"runs" means that the kernel's result was correct. Shapes: B batch, L tokens, H heads, D head dim.
+"runs" means that the kernel's results were correct. Shapes: B batch, L tokens, H heads, D head dim.
 
-The two problems differ where a video's calls differ. The first has whole blocks of tokens, contiguous tensors, and as
-many queries as keys. The second has ragged blocks, v as a slice of a wider tensor, and another number of keys.
-Cost: two forwards for each kernel. Before the first one, FlashAttention-4 compiles for about ten seconds; its code does
-not depend on the lengths. Limit: if a kernel breaks the process's CUDA context, all later kernels fail too.
+The first problem has whole blocks of tokens, contiguous tensors, and as many queries as keys. In the second problem,
+the last block is not full, v is a slice of a wider tensor, and there are more keys than queries. A video has calls of
+both forms.
+Cost: two forwards for each kernel. FlashAttention-4 also compiles for about ten seconds, but only once.
+Limit: if a kernel breaks the process's CUDA context, all later kernels fail too.
 """
 
 from __future__ import annotations

@@ -1,18 +1,21 @@
 """This module compiles the experts block by block, and stores torch.compile's caches so that other processes load them.
 
-A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path. It is compiled for one
-shape (`dynamic=False`). All blocks of both experts share one graph. Layers with attention in float8 share a second
-graph. Layers with sparse attention use the first one. In mode `default`, cuBLAS computes the matrix products. The two
-`max-autotune` modes measure whether Triton or cuBLAS computes the products faster; this measurement takes half a
-minute. The mode `max-autotune` also captures each block as a CUDA graph, in the second forward at each video size. A
-captured graph reads weights at fixed addresses, so it must be captured again after weights have moved.
+A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path. A block is compiled for one
+shape (`dynamic=False`). All blocks of both experts share one graph. Only a layer with attention in float8 has another
+graph, which all such layers share.
+In mode `default`, cuBLAS computes the matrix products. The two `max-autotune` modes measure whether Triton or cuBLAS
+computes the products faster; this measurement takes half a minute. The mode `max-autotune` also captures each block as
+a CUDA graph, in the second forward at each video size. A captured graph reads weights at fixed addresses, so it must be
+captured again after weights have moved.
 
-The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads
-this artifact repeats only two things: the tracing, and the compilation inside opaque operators. These operators are the
-int8 product, the quantization of the text embeddings, FlashAttention-4, and sparse attention with its router. On the
-same machine, the caches of the operators' own compilers hold most of the operators' code. The key contains everything
-that the kernels depend on. So another torch, GPU, video size or version of this code has another key. Each rank has its
-own file, because its graphs contain the names of its process groups.
+The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached, with one file for each
+rank. A rank's graphs contain the names of its process groups, so it cannot use another rank's file. The key contains
+everything that the kernels depend on. For example, another torch, GPU, video size or version of this code gives another
+key.
+A process that loads the artifact still traces the blocks. It also still compiles the operators that torch.compile does
+not look into: the int8 product, the quantization of the text embeddings, FlashAttention-4, and sparse attention with
+its router. On the same machine, most of their code comes from other caches: those of their own compilers, such as
+Triton.
 Source: torch.compiler.save_cache_artifacts.
 """
 
@@ -87,12 +90,10 @@ def _import_compiler(gpu: int | None) -> None:
 
 
 def make_traceable() -> None:
-    """Registers operators and `rearrange` with torch, so that torch.compile can trace a block, and traces it quickly.
-
-    For Dynamo, `rearrange` becomes one node, because tracing through it is slow. AOTAutograd traces through `rearrange`
-    later, so that the compiled graph is the same as without this node.
-    """
+    """Registers the operators of a block with torch, so that torch.compile can trace a block, and traces it quickly."""
     make_operators()
+    # For Dynamo, `rearrange` becomes one node, because tracing through it is slow. AOTAutograd traces through it later,
+    # so the compiled graph stays the same.
     torch._dynamo.allow_in_graph(rearrange)  # type: ignore[no-untyped-call]
 
 
@@ -107,9 +108,10 @@ def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
 
 
 def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int, exact: Attention) -> dict[str, Any]:
-    """Returns the inputs of the key of stored compiler caches: everything that a block's compiled kernels depend on.
+    """Returns everything that a block's compiled kernels depend on: the `inputs` of `save_caches` and `load_caches`.
 
-    `config.models.attention` must name the kernel that runs, not `auto`; `exact` names the kernel of the exact calls.
+    `config.models.attention` must name the kernel that runs, not `auto`. `tokens`: the number of the video's tokens.
+    `exact`: the kernel of the attention calls that stay exact.
     """
     on_gpu, models = config.ranks.device == "cuda", config.models
     hadamard = can_rotate(spec.head_dim) if models.fp8_hadamard is None else models.fp8_hadamard
@@ -166,12 +168,16 @@ def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> A
 
 
 def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, is_named: bool) -> str | None:
-    """Fills this process's compiler caches from the artifact whose key is made from `inputs`.
+    """Loads the artifact of `inputs` into this process's compiler caches, and returns the artifact's key.
 
-    Returns the artifact's key, or None on a cache miss. The caches hold code that will run, so the files are first
-    compared with the hashes in the manifest. A damaged artifact is a cache miss with a note, because compiling takes
-    less than a minute. An artifact that other users may write to is a cache miss too, unless the user named the
-    artifacts folder (`is_named`).
+    If any rank cannot load the artifact, returns None on all ranks. Then the blocks are compiled, which takes less than
+    a minute. The causes are:
+
+    * There is no artifact. Only this cause prints no note.
+    * A file is damaged: its hash differs from the hash in the manifest.
+    * Other users may write to the artifact, and its code would run here. If the user named the folder of artifacts
+      (`is_named`), the artifact is loaded all the same.
+    * torch cannot use a file. Then the artifact is removed.
     """
     folder = ranks.together(lambda: store.find(KIND, inputs, verify=True, damaged="miss"))
     if not all(ranks.gather(folder is not None)):

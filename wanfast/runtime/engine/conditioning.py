@@ -26,10 +26,9 @@ def given_clip(images: Tensor, frames: int) -> Tensor:
 def with_mask(latents: Tensor, num_mask_channels: int, *, last: bool = False) -> Tensor:
     """Returns the condition y [1, M + C, T, h, w]: M mask channels, then the `latents` [1, C, T, h, w].
 
-    M is `num_mask_channels`.
-    The mask is 1 in the first latent frame, because the image gives this frame. In the other latent frames it is 0,
-    with one exception. Each mask channel stands for one of the video frames that a latent frame represents. So if the
-    video's last frame is given (`last`), the last channel of the last latent frame is 1.
+    M is `num_mask_channels`. The mask is 1 in the first latent frame, because the image gives this frame, and 0 in the
+    others. If the video's last frame is given too (`last`), the last mask channel of the last latent frame is also 1:
+    a latent frame stands for M video frames, and each mask channel for one of them.
     """
     mask = torch.zeros_like(latents[:, :num_mask_channels])
     mask[:, :, 0] = 1

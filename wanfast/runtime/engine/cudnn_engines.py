@@ -31,12 +31,11 @@ _CODE = ("runtime/models/vae.py", "runtime/models/convolution.py")
 
 @contextmanager
 def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
-    """Uses the stored cuDNN engines inside the `with` block, and stores new engines when the block ends.
+    """Makes the VAE use the stored cuDNN engines in the `with` block, and stores new engines when the block ends.
 
-    New engines are those that a search found inside the block. Each rank has its own engines. Yields an empty mapping.
-    When the block ends, this function adds the engines of all ranks to the mapping. The leader's entries are
-    {shape: engine}. The entries of another rank N are {"rank N: shape": engine}. On a CPU, or if cuDNN's front end is
-    not installed, the mapping stays empty.
+    New engines are those that a search found in the block. Yields a mapping that is empty inside the block. After the
+    block, it holds the engines that all ranks used: {shape: engine} for the leader, and {"rank N: shape": engine} for
+    each other rank N. On a CPU, or if cuDNN's front end is not installed, the mapping stays empty.
     """
     used: dict[str, str] = {}
     if ranks.device != "cuda" or not convolution.HAS_FRONT_END:

@@ -1,8 +1,8 @@
 """This module computes self-attention in float8 in the scheduled steps and layers of a video; see `attention_fp8`.
 
-In all other steps and layers, self-attention is exact. Cross-attention is always exact. Under Ulysses, a rank has the
-exact keys of all heads, but only of its own tokens. To check the error, each rank attends to these keys, and the ranks
-combine their results into exact rows of the output.
+In all other steps and layers, self-attention is exact. Cross-attention is always exact. With --attention-check, a few
+rows of the output are computed exactly too, to measure the error. For an exact row, each rank attends to the keys of
+its own tokens, and the parts of all ranks are joined.
 
 Shapes: B batch (1), L tokens of this rank, H heads of all ranks, D head dim.
 """
@@ -64,9 +64,10 @@ class Fp8Attention(LossyAttention):
                 attention.fp8 = in_fp8 if step is not None and schedule.is_fp8(step, layer) else None
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """Returns each head's relative error [H] in the layer that runs, and stores these errors for `errors`.
+        """Returns each head's relative error [H] in the current layer, measured on sampled queries of all ranks.
 
-        The errors are measured on sampled queries of all ranks.
+        `out` is the attention of this rank's tokens. All four arguments are [B, L, H, D]. The method `errors` later
+        returns the errors of all layers.
         """
         assert self._forward is not None
         sequence = self._forward.ranks.sequence

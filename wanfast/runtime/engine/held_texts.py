@@ -14,10 +14,10 @@ MOST = 32  # embeddings that are held, 8 MB each at most; the store has the othe
 
 
 class HeldTexts:
-    """This class holds up to MOST embeddings: first those that the next clips need, and then those that were used last.
+    """Holds the embeddings of up to MOST texts: first those that the next clips need, then those that were used last.
 
-    An embedding that could not be stored on disk is held until no later clip of the list needs it, even if more than
-    MOST embeddings are then held.
+    If an embedding could not be stored on disk, it is held as long as a later clip of the list needs it, even if more
+    than MOST embeddings are then held.
     """
 
     def __init__(self, load: Callable[[list[str], int], Encoded]) -> None:

@@ -107,9 +107,9 @@ def lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks
 def replace_loras(
     experts: Experts, old: ModelsConfig, files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
 ) -> None:
-    """Replaces the experts' LoRAs in `old` by those in `config`. Raises WanFastError.
+    """Gives the loaded experts the LoRAs of `config`; `old` is the part of the config with which they were loaded.
 
-    Only an expert whose LoRAs differ is read again. The seconds of reading are added to `loads`.
+    Only an expert whose LoRAs differ is read again. The seconds of reading are added to `loads`. Raises WanFastError.
     """
     merges = ranks.together(lambda: _merges(files, config.models))
     for expert in EXPERTS:
@@ -150,8 +150,8 @@ def _merges(files: ModelFiles, models: ModelsConfig) -> dict[Expert, MergeFn]:
     The LoRAs of both experts are checked before a weight is read, and so are the files of experts that options name.
     """
     if (now := identified(models)) != models:
-        option = "--lora" if now.expert_sha256 == models.expert_sha256 else "an expert"
-        raise ConfigError(f"{option}: a file changed since the plan was made: run this command again")
+        whose = "a LoRA" if now.expert_sha256 == models.expert_sha256 else "an expert"
+        raise ConfigError(f"the file of {whose} changed since the plan was made: run this command again")
     return {expert: merge_of(loras_of(models), expert, files.spec.dit) for expert in EXPERTS}
 
 
