@@ -127,7 +127,7 @@ def test_what_would_look_otherwise_is_refused(tmp_path: Path) -> None:
         encoded(
             tmp_path / "wide.mp4", shape=Fraction(4, 3)
         ): "its pixels are not square (4/3), so players stretch the video",
-        encoded(tmp_path / "late.mp4", times=(0, 1, 2, 3, 4, 11)): "shows its frames for unequal times",
+        encoded(tmp_path / "late.mp4", times=(0, 1, 2, 3, 4, 11)): "has a frame rate that varies",
         both(tmp_path): "its frames change from 64x48 to 96x64 pixels: give a file whose frames have one size",
     }.items():
         with pytest.raises(ConfigError) as refused:

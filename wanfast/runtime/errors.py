@@ -104,7 +104,7 @@ def foreign(subject: str, fix: str, kind: type[WanFastError] = ConfigError) -> I
 
 
 def reason(error: BaseException) -> str:
-    """Returns the cause of an exception of a parser or of the file system, in at most about 100 letters on one line."""
+    """Returns the cause of an exception of a parser or of the file system: one line, of about 100 letters at most."""
     if isinstance(error, UnicodeDecodeError):
         return "is not UTF-8 text"
     if isinstance(error, MemoryError):

@@ -1,7 +1,8 @@
-"""This module holds what all kinds of lossy self-attention share: the running forward, and the sampled errors.
+"""This module holds the base class of lossy self-attention, which is faster than exact attention but not exact.
 
-With --attention-check, each lossy call is checked on 64 queries of each head; see `attention_check`. The queries are
-drawn again in each call. The generator's seed consists of the video's seed, the step, the branch and the layer.
+The base class knows which forward runs, and collects the errors of the lossy calls. Errors are measured only with
+--attention-check, on 64 queries of each head. Each call draws new queries. The generator's seed consists of the video's
+seed, the step, the branch and the layer.
 
 Shapes: H heads of all ranks, S sampled queries.
 """
@@ -48,7 +49,7 @@ class LossyAttention:
         self._seed: int | None = None  # of the queries that are checked
 
     def use_in(self, model: WanDiT) -> None:
-        """Makes the layers of an expert compute their self-attention in the way that this class defines."""
+        """Lets this object decide how the layers of an expert compute self-attention; call it once for each expert."""
         raise NotImplementedError
 
     def start(self, plan: Plan) -> TokenOrder:
@@ -59,7 +60,11 @@ class LossyAttention:
         return RASTER
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
-        """Begins the forward of one branch of guidance in a step."""
+        """Tells this object which forward runs next.
+
+        `branches`: all branches of guidance that the step computes. `branch`: the one that this forward computes.
+        `ranks`: the rank group, as it is arranged in this step.
+        """
         self._forward = Forward(step, expert, branches, branch, ranks)
         lossy.run(self)
 
@@ -72,14 +77,15 @@ class LossyAttention:
         raise NotImplementedError
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """Returns each head's relative error [H] in the layer that runs; the operator `check_attention` calls this.
+        """Returns the relative error [H] of each head in the layer that runs.
 
-        `out` is the attention of this rank's tokens. All four arguments are [B, L, H, D].
+        The operator `check_attention` calls this method. `out` is the attention that was computed from `q`, `k` and
+        `v`; it is compared with exact attention. All four arguments are [B, L, H, D], and hold this rank's tokens.
         """
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Ends the video after its last step."""
+        """Tells this object that the last step of the video has ended; the errors stay until the next video starts."""
         self._forward = None
         lossy.run(None)
 
@@ -107,8 +113,9 @@ class LossyAttention:
         return _report(self.errors(), self._num_layers) if self.is_checked else None
 
     def errors(self) -> dict[tuple[int, Branch, int], list[Any]]:
-        """Returns {(step, branch, layer): errors of the heads of all ranks, in the order of the heads}.
+        """Returns {(step, branch, layer): the relative errors of all heads, in the model's order}.
 
+        The heads of all ranks are included. A head has one error, or a list of errors after `SparseAttention.measure`.
         All ranks must call this method.
         """
         by_rank = self._ranks.gather({key: (heads, errors.tolist()) for key, (heads, errors) in self._errors.items()})

@@ -224,10 +224,10 @@ class VideoPipeline:
         return self.ranks.share(torch.empty(noise_shape(plan.geometry, self.spec.dit.out_channels), device=self.device))
 
     def encode_condition(self, images: Tensor, geometry: Geometry) -> Tensor:
-        """Returns the condition y [1, 20, T, h, w] on every rank: four mask channels, then the latents of a clip.
+        """Returns the condition y [1, 20, T, h, w] on every rank: four mask channels, then 16 channels of latents.
 
-        `given_clip` makes the clip from the images [n, 3, H, W], and `with_mask` adds the mask channels. Only the
-        leader's pixels are used; on other ranks, only n matters. Without images, the condition has no channels.
+        `images` [n, 3, H, W] holds the first frame, and the last frame if it is given. Only the leader's pixels are
+        used; on other ranks, only n matters. If n is 0, the result is empty: [1, 0, T, h, w].
         """
         if not len(images):
             _, _, *grid = noise_shape(geometry, self.spec.dit.out_channels)
@@ -263,8 +263,7 @@ class VideoPipeline:
     ) -> Tensor:
         """Denoises `noise` to the clean latent [1, 16, T, h, w].
 
-        The cache `residuals` decides which forwards are skipped. If the ranks regroup in a later step, the first step
-        also runs one block in the later grouping. This makes the connections and kernels of that grouping ready.
+        The cache `residuals` decides which forwards are skipped.
         """
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
         groupings = {True: self.ranks, False: self.ranks.unguided if plan.regroups else self.ranks}
@@ -310,6 +309,7 @@ class VideoPipeline:
                 kv = encoded.by(model, expert, branches, ranks.guidance.own(branches)[0])
                 return model(sample, condition, t, kv, rope, sequence=later.sequence, num_blocks=1, order=order)[0]  # type: ignore[no-any-return]
 
+            # One block in the later grouping of the ranks, to make its connections and kernels ready.
             if index == 0 and plan.regroups and len(set(plan.guided)) == 2:
                 later = groupings[not plan.guided[0]]
                 later.guidance.velocities(BRANCHES[: 1 + (not plan.guided[0])], rehearsed)

@@ -76,11 +76,11 @@ def arrived(
 ) -> Frames | None:
     """Returns all frames on the leader's CPU, as uint8 [F, H, W, 3]; returns None on other ranks.
 
-    `pieces` yields this rank's rows of the decoded video, [3, f, h, W] in [-1, 1]. A piece becomes uint8 on the device,
-    and is copied into pinned memory while the next piece is computed. As soon as a piece is copied, the leader calls
-    `on_frames` with the frames of the piece. `on_frames` may raise a WanFastError. A piece with NaN or an infinity
-    gives a NotFiniteError. Either error is raised only after the last piece, because the other ranks continue until
-    then.
+    `pieces` yields this rank's rows of the decoded video, [3, f, h, W] in [-1, 1]. The leader calls `on_frames` with
+    the frames of each piece, while the next piece is decoded.
+    Raises NotFiniteError if a piece contains NaN or an infinity, and passes on a WanFastError of `on_frames`. After
+    such an error, `on_frames` gets no more frames. The error is raised only after the last piece, because the other
+    ranks continue until then.
     """
     on_gpu = device == "cuda"
     finite = torch.empty(geometry.frames, dtype=torch.bool, pin_memory=on_gpu)  # of the piece that a frame begins

@@ -41,7 +41,7 @@ _CODE = (
 
 
 class Encoded(NamedTuple):
-    """This class holds embeddings of texts, and names the texts whose embeddings are not stored or not finite."""
+    """This class holds the embeddings that `prompt_embeds` returns, and the texts for which something failed."""
 
     embeds: dict[str, Tensor]  # {text: embedding [n, text_dim]} on the CPU; n is the text's number of tokens
     unstored: set[str]  # those texts of `embeds` that could not be stored
@@ -57,13 +57,12 @@ def prompt_embeds(
     before_load: Callable[[], None] = lambda: None,
     most: int | None = None,
 ) -> Encoded:
-    """Stores the embeddings of all `texts`; returns the embeddings of the first `most` texts on every rank.
+    """Returns the embeddings of the first `most` texts on every rank, and stores the embeddings of all texts.
 
-    If `most` is None, returns the embeddings of all texts. An embedding that cannot be stored is returned even if its
-    text is not one of the first `most`. Texts without a stored embedding are distributed over the ranks. They are
-    encoded in order, and their embeddings are stored, a few texts at a time. A rank that must encode texts calls
-    `before_load`, loads UMT5 once, adds the seconds of loading to `loads`, and frees UMT5 afterwards. With
-    `--t5-fsdp on`, each rank holds a share of UMT5, and all ranks encode all texts together.
+    If `most` is None, returns the embeddings of all texts. An embedding that cannot be stored is always returned.
+    Texts without a stored embedding are divided among the ranks. A rank with such texts calls `before_load`, loads
+    UMT5, encodes its texts, and frees UMT5. The seconds of loading are added to `loads`. With `--t5-fsdp on`, the ranks
+    share one sharded UMT5, and encode every text together.
     """
     store = ArtifactStore(Path(config.models.artifacts_dir))
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))

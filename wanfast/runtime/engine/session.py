@@ -5,8 +5,8 @@
     session.make(job)                       # the first call loads the experts and the VAE
     session.close()
 
-All ranks of a rank group call the same methods in the same order. Only the leader reads images and gets frames.
-`loading` builds the models, and lists the steps in which a model is loaded.
+All ranks of a rank group call the same methods in the same order. Only the leader reads images and gets frames. The
+module `loading` loads the experts and the VAE.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ class Session:
     def encode(self, clips: Iterable[tuple[str, ...]]) -> None:
         """Makes the text embeddings of a list of clips.
 
-        `clips` holds the texts of each clip, in the order in which the clips will be made. Loads UMT5 only for texts
-        whose embeddings are not stored. Holds the embeddings of the next clips in memory. If an embedding is not
-        finite, makes all other embeddings, and then raises NotFiniteError on all ranks.
+        `clips` holds the texts of each clip, in the order in which the clips will be made. UMT5 is loaded only if a
+        text has no stored embedding. The embeddings that the first clips need stay in memory. If an embedding is not
+        finite, all other embeddings are made, and then all ranks raise NotFiniteError.
         """
         self._require_finite(self._texts.expect(clips))
 
@@ -190,12 +190,12 @@ class Session:
     ) -> Made:
         """Makes the single clip of `job`; on the leader, the result contains the frames.
 
-        If the leader has a frame `start`, the clip starts from this frame instead of the job's image.
-        `on_step(done, expert)` is called before and after each step, where `done` is the number of finished steps. The
-        leader calls `on_frames` with a few frames at a time, while the next frames are decoded. `residuals` is the
-        cache that decides which forwards are skipped; if it is None, the plan decides. The clips of one video share
-        `sources`, so that each image is decoded once. Raises WanFastError, and torch.OutOfMemoryError if the device
-        has too little memory.
+        `on_step(done, expert)` is called before and after each step; `done` is the number of finished steps.
+        `residuals`: the cache that decides which forwards are skipped. By default, the cache follows the job's plan.
+        `on_frames`: the leader calls this function with a few frames at a time, while the next frames are decoded.
+        `start`: on the leader, the first frame of the clip. By default, the clip starts from the job's image.
+        `sources`: the images that are already decoded. Pass the same dict for all clips of a video.
+        Raises WanFastError, and torch.OutOfMemoryError if the device has too little memory.
         """
         text = self.text_of(job.config)  # before the experts need the memory
         pipeline, ranks = self.load(), self.ranks
@@ -304,7 +304,7 @@ class Sessions:
         """Returns a session with the models of `config`: the open session if it has these models, otherwise a new one.
 
         If only the LoRAs differ, the open session replaces its LoRAs by those of `config`. Otherwise the open session
-        is closed before the new one is opened. If a rank cannot do this, raises WanFastError on all ranks.
+        is closed before the new one is opened. If a rank finds an error, all ranks raise WanFastError.
         """
         if self._open is None or without_loras(self._open.config.models) != without_loras(config.models):
             self.close()

@@ -1,13 +1,13 @@
-"""This module decides which calls of self-attention are sparse in a video, and which lists of blocks they use.
+"""This module computes the self-attention of a video with lists of blocks, and decides when the lists are made.
 
-The first steps and the first layers stay dense. In all other calls, the router lists blocks for each layer and each
-branch of guidance. The lists are used for a few steps, because attention changes little from step to step.
+The tokens are divided into blocks. A list names the blocks of keys to which one block of queries attends. The first
+steps and the first layers stay dense. In all other calls, the module `attention_router` lists blocks for each layer and
+each branch of guidance. The lists are used for a few steps, because attention changes little from step to step.
 Cross-attention is always dense.
-In a calibration, all calls are dense. The calibration measures the errors that lists of several lengths and float8
-would cause.
-Under Ulysses, each rank lists the blocks of its own heads. In each band of steps, the plan of densities gives each
-head either a length for its lists, or float8. In each band and layer, the heads are divided among the ranks so that all
-ranks have nearly equal work, because the slowest rank makes the others wait.
+The plan of densities says how long the lists of each head are, in each band of steps. It may also put a head in float8,
+without lists. Under Ulysses, each rank lists the blocks of its own heads. The heads are divided among the ranks so that
+all ranks have nearly equal work, because the slowest rank makes the others wait.
+In a calibration, all calls are dense, and `SparseAttention.measure` tries lists of several lengths.
 
 Shapes: B batch (1), L tokens, h heads of this rank, D head dim.
 """
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class SparseAttention(LossyAttention):
-    """This class holds the running video's lists of blocks, and computes the self-attention of all layers on a rank."""
+    """This class computes the self-attention of one rank, and holds the lists of blocks of the running video."""
 
     def __init__(self, dense: AttentionFn, num_heads: int, ranks: Ranks) -> None:
         """Stores the arguments; `dense` computes the calls that are not sparse, `num_heads` counts all ranks' heads."""
@@ -57,10 +57,11 @@ class SparseAttention(LossyAttention):
         self._is_compiled = False
 
     def measure(self, ladder: Sequence[int], *, fp8: bool) -> None:
-        """Computes dense attention from now on, and measures the errors that lists of blocks would cause.
+        """Makes all later videos dense, and measures the errors that sparse attention and float8 would have in them.
 
-        `ladder` holds the lengths of these lists. Every later video's plan must have the option `attention_check`. For
-        each head, `errors` returns the errors of all lengths, and then, if `fp8` is true, the error in float8.
+        `ladder` holds the lengths of lists that are tried, in blocks. If `fp8` is true, float8 is tried too. `errors`
+        then returns a list for each head: the error of each length, and at the end the error of float8. Each later
+        video needs a plan with the option `attention_check`.
         """
         self._ladder, self._measures_fp8 = ladder, fp8
 
@@ -79,16 +80,16 @@ class SparseAttention(LossyAttention):
         return brick_order(plan.geometry.token_grid, BRICK, self._ranks.device, has_last=has_last)
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
-        """Begins the forward of one `branch` in a step, and frees the lists of blocks that this forward must not use.
+        """Tells this object which forward runs next, and frees the lists of blocks that are too old for it.
 
-        Lists are used for a few steps, by one expert, and only while the steps have the same branches. When a step
-        has other branches than the step before, the ranks of parallel guidance begin to compute the same branch. They
-        must then use the same lists, so new lists are made. In another band of steps, lists may have other lengths, so
-        new lists are made there too.
+        A list stays for `Sparsity.lists_every` steps. It is freed earlier if the expert, the branches of the step or
+        the band of the step changes.
         """
         assert self._sparsity is not None, "no video was started"
         super().begin(step, expert, branches, branch, ranks)
         every, band = self._sparsity.lists_every, self._sparsity.band
+        # With other branches, the ranks of parallel guidance begin to compute the same branch, and need the same lists.
+        # In another band, the lists may have other lengths.
         self._lists = {
             key: (made, lists)
             for key, (made, lists) in self._lists.items()

@@ -1,8 +1,7 @@
-"""This module says how dense the self-attention of each head is, by band of steps and by layer.
+"""This module holds the plan of densities: how each head computes its self-attention in each band of steps.
 
-A band is a span of successive steps of one expert. In a band, a head of a layer has one density: the share of blocks
-that it computes. A head may also be dense, or compute all blocks in float8. A plan of densities is data: another plan
-needs no other code or weights.
+A band is a span of successive steps of one expert. In a band, each head of each layer does one of three things. It
+computes a share of the blocks, which is its density; or it is dense; or it computes all blocks in float8.
 This module does not import torch.
 """
 
@@ -27,7 +26,7 @@ CHOICES: tuple[Density, ...] = (*(density for density in LADDER if density < FP8
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """This class holds the key of a calibrated plan of densities, and the errors that the calibration measured."""
+    """This class names the artifact of a calibrated plan of densities, and holds the errors that were measured."""
 
     key: str  # of the artifact
     target_error: float
@@ -45,7 +44,10 @@ class Densities:
 
     @classmethod
     def uniform(cls, density: float, num_layers: int, num_heads: int, bands: tuple[int, ...] = (0,)) -> Densities:
-        """Returns a plan in which all heads have the same density in all steps."""
+        """Returns a plan in which all heads have the same `density` (a share from 0 to 1) in all steps.
+
+        `bands`: the first step of each band, counted from 0.
+        """
         return cls(bands=bands, by_band=(((density,) * num_heads,) * num_layers,) * len(bands))
 
 

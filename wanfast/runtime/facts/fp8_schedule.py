@@ -43,11 +43,11 @@ class Fp8Schedule:
     ) -> Fp8Schedule:
         """Returns the schedule that the options describe.
 
-        If `steps` is None, the first eighth and the last eighth of the steps, rounded up, stay exact. If `hadamard` is
-        None, a Hadamard matrix is used only for a `head_dim` that is a power of two, because this program has no
-        Hadamard matrix of another size.
-        Raises ConfigError in three cases: `steps` or `layers` goes beyond the steps or layers of the video; `steps` is
-        None, and the two eighths leave no step for float8; `hadamard` is True, and `head_dim` is not a power of two.
+        `steps` and `layers` say what is in float8, as texts such as "4:36", which means 4 to 35. By default, all layers
+        are in float8, and all steps except the first eighth and the last eighth (each rounded up to whole steps).
+        `hadamard` says whether a Hadamard matrix is used. By default, it is used if `head_dim` is a power of two.
+        Raises ConfigError in three cases: `steps` or `layers` names a step or a layer that the video does not have;
+        `steps` is None, and no step is left for float8; `hadamard` is True, and `head_dim` is not a power of two.
         """
         guard = math.ceil(_EXACT_SHARE * num_steps)
         if steps is None and num_steps <= 2 * guard:

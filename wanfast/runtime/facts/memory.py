@@ -52,7 +52,10 @@ def expert_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = No
 
 
 def block_bytes(spec: DiTSpec, precision: Precision) -> int:
-    """Returns the bytes of one block's linear weights; a rank gathers sharded weights one block at a time."""
+    """Returns the bytes of the linear weights of one transformer block, unquantized.
+
+    A rank with sharded weights needs these bytes in addition to its shard, because it gathers whole blocks.
+    """
     return _block_weights(spec) * _BYTES[precision]
 
 

@@ -42,7 +42,7 @@ class _Facts:
         """Checks what belongs together."""
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the facts as a JSON document: tuples are lists, as in a document that is read from a file."""
+        """Returns the facts as a JSON document, in which tuples have become lists."""
         document: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
         return document
 

@@ -80,11 +80,11 @@ def inner_size(shape: tuple[int, int], width: int, height: int) -> tuple[int, in
 def fit_geometry(
     spec: ModelSpec, area_width: int, area_height: int, frames: int, image_size: tuple[int, int]
 ) -> Geometry:
-    """Returns the sizes of a video with the aspect ratio of the image, and with about area_width * area_height pixels.
+    """Returns the sizes of a video with the image's aspect ratio, and about as many pixels as --size.
 
-    `image_size` is the image's (width, height). The formula is that of the reference program. It is evaluated in the
-    same order and in float64, so that even the rounding is equal. For example, at --size 832x480 an image of 832x480
-    gives a video of 832x464, but an image of 480x832 gives 480x832.
+    --size is area_width x area_height. `image_size` is the image's (width, height). Each side is rounded down to a
+    multiple of 16 pixels. Every float64 operation is that of the reference program, so that this function rounds in the
+    same way. For example, at --size 832x480 an image of 832x480 gives a video of 832x464.
     Raises ConfigError if a side becomes 0. Source: Wan-Video/Wan2.2, wan/image2video.py.
     """
     image_width, image_height = image_size
@@ -101,11 +101,11 @@ def fit_geometry(
 
 
 def largest_geometry(spec: ModelSpec, area_width: int, area_height: int, frames: int) -> Geometry:
-    """Returns the sizes of the video with the most tokens that a run with this --size and `frames` can make.
+    """Returns the sizes of the largest video that this --size and `frames` allow, over all aspect ratios of the image.
 
-    --size is area_width x area_height. The number of tokens depends on the image's aspect ratio. Example: at 832x480
-    and 81 frames, the largest number is 32,760. If several aspect ratios give this number, the function takes the one
-    that is nearest to that of --size. A model that takes no images makes only videos of exactly --size.
+    --size is area_width x area_height. The largest video is the one with the most tokens: 32,760 at 832x480 and 81
+    frames. If several videos have the most tokens, the function takes the aspect ratio that is nearest to that of
+    --size. If the model takes no images, the video has exactly --size.
     """
     if not spec.takes_images:
         return _exact_geometry(spec, (area_width, area_height), frames)

@@ -53,10 +53,10 @@ class Sparsity:
     ) -> Sparsity:
         """Returns the sparsity for a (T, Y, X) grid of tokens.
 
-        The first steps (a share `dense_share` of all) and the first `dense_layers` layers are dense. Any other layer is
-        dense in a band only if all heads of the layer are dense. If only some heads are dense, the lists of these heads
-        hold all blocks. Raises ConfigError if all steps or all layers would be dense.
-        `has_last` says whether the image of the last frame is given.
+        The first steps (a share `dense_share` of all) and the first `dense_layers` layers are dense. In all other steps
+        and layers, the plan `densities` holds. New lists are made every `lists_every` steps. `has_last` says whether
+        the image of the last frame is given.
+        Raises ConfigError if all steps or all layers would be dense.
         """
         dense_steps, num_layers = math.ceil(dense_share * num_steps - 1e-9), len(densities.by_band[0])
         if dense_steps >= num_steps:
@@ -69,6 +69,7 @@ class Sparsity:
                 "number"
             )
 
+        # A layer is dense only if all its heads are; otherwise the lists of its dense heads hold all blocks.
         def lengths(heads: Sequence[Density]) -> tuple[int, ...] | None:
             if not any(heads):  # no density is 0
                 return None
@@ -93,7 +94,7 @@ class Sparsity:
         return len(self.lengths[0])
 
     def band(self, step: int) -> int:
-        """Returns the number of the band to which a step belongs."""
+        """Returns the number of the band to which a step belongs; bands and steps count from 0."""
         return bisect.bisect_right(self.bands, step) - 1
 
     def listed(self, step: int, layer: int) -> tuple[int, ...] | None:
@@ -132,8 +133,8 @@ class Sparsity:
     def density(self) -> float:
         """Returns the mean share of blocks that heads compute in the steps and layers that may be sparse.
 
-        The first steps and layers stay dense and do not count. The blocks that are in every list are included. A head
-        in float8 counts as FP8_SHARE of the blocks, because its time is that share of the time of a dense head.
+        The first `dense_steps` steps and the first `dense_layers` layers do not count. A head in float8 counts as the
+        share FP8_SHARE, because it takes this share of a dense head's time.
         """
         shares = [*map(self._share, self._later_layers())]
         return math.fsum(shares) / len(shares)
@@ -154,8 +155,8 @@ class Sparsity:
         """Returns the mean density of all calls of a video; a dense call has the density 1.
 
         `forwards` holds, for each step, the number of forwards that are not skipped. `ulysses` holds, for each step,
-        the number of ranks that share the heads. The slowest rank of each layer counts, because the others wait for it.
-        If `ulysses` is 1 for all steps, the result is the mean over all heads.
+        the number of ranks that share the heads. If several ranks share the heads, the density of a call is that of its
+        slowest rank, for which the others wait.
         """
         shares = [
             number * self._share(self.listed(step, layer), ranks)
@@ -194,8 +195,8 @@ class Sparsity:
     def bands_json(self) -> list[dict[str, Any]]:
         """Returns for each band its first and last step, each layer's mean density, and the number of float8 heads.
 
-        The first `dense_layers` layers have the density 1, and none of their heads counts as a float8 head. A band's
-        densities do not include the first `dense_steps` steps, in which all layers are dense.
+        The first `dense_layers` layers have the density 1 and no float8 heads. The first `dense_steps` steps are dense
+        in all layers, but the densities of a band do not show this.
         """
         ends = [*self.bands[1:], self.num_steps]
         guarded = range(self.dense_layers)
@@ -234,14 +235,14 @@ def _most_work(work: Sequence[float], heads_of_ranks: Sequence[Sequence[int]]) -
 
 
 def blocks_of(token_grid: tuple[int, int, int], *, has_last: bool) -> tuple[int, int, int]:
-    """Returns how many blocks a video has, how many hold tokens of the first frame, and how many of the last frame.
+    """Returns three numbers of blocks: of the video, of its first latent frame, and of its last latent frame.
 
-    Without a last image, the third number is 0. In the order of the bricks, the last frame's tokens come last.
+    A block counts for a frame if it holds tokens of this frame. If `has_last` is False, the third number is 0.
     """
     _, *frame = token_grid
     of_frame, tokens = math.prod(frame), math.prod(token_grid)
     num_blocks = -(-tokens // BLOCK)
-    last_blocks = num_blocks - (tokens - of_frame) // BLOCK if has_last else 0
+    last_blocks = num_blocks - (tokens - of_frame) // BLOCK if has_last else 0  # its tokens come last in brick order
     return num_blocks, -(-of_frame // BLOCK), last_blocks
 
 

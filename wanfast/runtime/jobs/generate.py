@@ -40,17 +40,16 @@ def run(
     progress: ProgressFn = lambda index, stage, done, total: None,
     frames_of: FrameFileFn,
 ) -> Iterator[tuple[int, Result | FinishFn]]:
-    """Makes the videos of `jobs`; yields (index, result) for a single job, and (index, finish) for each job of a list.
+    """Makes the videos of the `jobs` that this rank group claims; yields (index, result) or (index, finish) for each.
 
-    Jobs that another rank group claims are left to that group. For a job without an output file, the frames are
-    written into the file `frames_of(index)`.
     A single job yields its result when its files are complete. A job of a list yields `finish` as soon as its frames
-    are decoded, so that its files are completed while the next video is made: x264 holds back half of the frames until
-    it has got the last one. The leader must call `finish()` once, in any thread. This call completes the files, and
-    returns the result or raises WanFastError. Two kinds of jobs of a list yield a result and no `finish`: a job that
-    fails before its frames are decoded, whose result is the error, and every job of a rank group that spans several
-    machines, because each machine needs the result.
+    are decoded, so that its files are completed while the next video is made. The leader must call `finish()` once, in
+    any thread. This call completes the files, and returns the result or raises WanFastError.
+    There are two exceptions. If a job of a list fails before its frames are decoded, it yields the error as its result.
+    If the rank group spans several machines, every job yields its result.
+    `frames_of(index)` names the file for the frames of a job that has no output file.
     """
+    # x264 holds back half of the frames until it has got the last one; on several machines, each needs the result
     is_list = len(jobs) > 1 and jobs[0].config.ranks.nnodes == 1
     work = partial(make_video, frames_of=frames_of, finishes_later=is_list)
     yield from run_jobs(work, jobs, sessions, share, progress)
@@ -67,8 +66,9 @@ def make_video(
 ) -> Result | FinishFn:
     """Makes one video; the leader writes its .mp4 and .json.
 
-    If the job has no output file, the leader writes the frames to the file `frames_of(index)` instead. If
-    `finishes_later`, returns the function that completes the files; see `run`.
+    If the job has no output file, the leader writes the frames to the file `frames_of(index)` instead. Returns the
+    result when the files are complete. If `finishes_later` is true, returns as soon as the frames are decoded: the
+    leader must then call the returned function, which completes the files and returns the result.
     """
     with ExitStack() as opened:
         recording = _recording(job, frames_of(index))
@@ -192,7 +192,7 @@ class FramesFile:
         return stream
 
     def finish(self, document: dict[str, Any]) -> Result:
-        """Publishes the file, and returns `document` with its path."""
+        """Publishes the file, and returns `document` with one more entry: "frames", the path of the file."""
         self._open.close()
         return document | {"frames": str(self._file)}
 

@@ -1,14 +1,14 @@
 """Runs jobs one after the other on loaded models, for every command that makes or measures videos.
 
-Each rank group first runs its own part of the list of jobs, and then jobs that no rank group has claimed. Before a rank
-group loads a job's models, it finds all jobs in its part that use the same models. The group encodes the prompts of
-these jobs, and then frees UMT5.
-If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. If
-a job's models cannot be loaded, this job fails, and the next job with these models tries to load them again. After
-MOST_LOADS tries, the rank group's other jobs with these models fail too. If there are several rank groups, the rank
-group tries again only after an error of a missing or corrupt file. After any other error of loading, the rank group
-ends, and the other rank groups, which may have more memory, run the remaining jobs. All ranks of a rank group run the
-same jobs in the same order.
+All ranks of a rank group run the same jobs in the same order. Each rank group first runs its own part of the list of
+jobs, and then jobs that no rank group has claimed. Before a rank group loads a job's models, it finds all jobs in its
+part that use the same models. The group encodes the prompts of these jobs, and then frees UMT5.
+If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue.
+If a job's models cannot be loaded, the job fails. The next job with the same models tries again to load them. After
+MOST_LOADS failed tries, the rank group's other jobs with the same models fail too.
+If there are several rank groups, another rank group may have enough memory. Therefore, a rank group tries again only
+after an error of a missing or corrupt file. After any other error of loading, the rank group ends, and the other rank
+groups run the remaining jobs.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def run_jobs(
 
 
 def measuring(measure: WorkFn[Result]) -> Callable[..., Iterator[tuple[int, Result]]]:
-    """Returns the worker half of a calibration: a function `run`, which yields the measurements of each job's clip.
+    """Returns the part of a calibration that runs on ranks: a function `run`, which calls `measure` for each job.
 
-    `measure` makes and measures the clip of one job.
+    `measure` makes and measures the clip of one job, and returns the measurements. `run` yields them.
     """
 
     def run(

@@ -18,9 +18,9 @@ _LAUNCHERS = (
 def refuse_launchers(what: str, instead: str, num_gpus: str) -> None:
     """Raises ConfigError if another launcher, such as torchrun, started this program once for each rank.
 
-    Without this check, each of these processes would do all the work. Three texts go into the message: `what` names
-    what was started, and `instead` says what to do without the launcher. `num_gpus` is the start of the option that
-    sets the number of ranks, such as "--num-gpus "; the number follows it.
+    Without this check, each of these processes would do all the work. Three texts go into the message. `what` names the
+    program, such as "this command". `instead` says how to start it, such as "type `wanfast bench`". `num_gpus` is the
+    option for the number of ranks, such as "--num-gpus "; the message appends the number.
     """
     for launcher, size, rank in _LAUNCHERS:
         count = os.environ.get(size, "1")

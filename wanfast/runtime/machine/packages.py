@@ -39,9 +39,9 @@ _OPTIONAL = (
 
 
 def require_attention(kernel: str, device: str) -> None:
-    """Raises ConfigError if `device` cannot run an attention kernel.
+    """Raises an error if the attention kernel `kernel` cannot run on `device`, which is "cpu" or "cuda".
 
-    For a CPU, raises NeedsGpuError if the kernel needs a GPU. For a GPU, raises ConfigError if the kernel's package is
+    On a CPU, raises NeedsGpuError if the kernel needs a GPU. On a GPU, raises ConfigError if the kernel's package is
     not installed. The kernel is not run, so this function does not show whether the kernel works on the GPU.
     """
     if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):

@@ -37,13 +37,11 @@ def end_with_parent() -> None:
 def stopped_by_signals(stop: Callable[[], None], before_end: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Lets the first SIGINT or SIGTERM call `stop`, and the second one end this process at once, without clean-up.
 
-    Only the main thread may enter the `with` block. A separate thread reads the signals, calls `stop`, and calls
-    `before_end` before it ends the process. If one of the two signals is SIGTERM, the exit code is SIGTERM's, because
-    two signals that come at the same time have no order.
-    The signals are not handled by functions in Python, because such functions run in the main thread, which may be
-    blocked. A second handler could interrupt the first one anywhere, and an exception in a handler could interrupt a
-    clean-up or get lost.
+    Only the main thread may enter the `with` block. A separate thread calls `stop`. At the second signal, this thread
+    calls `before_end`, and ends the process. The exit code is 143 if one of the two signals is SIGTERM, otherwise 130.
     """
+    # A thread reads the signals from a pipe, because Python runs handlers in the main thread, which may be blocked.
+    # A second handler could interrupt the first one anywhere. An exception in a handler could interrupt a clean-up.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     thread = threading.Thread(target=_obey, args=(reader, stop, before_end), name="signals", daemon=True)
@@ -74,6 +72,6 @@ def _obey(reader: int, stop: Callable[[], None], before_end: Callable[[], None])
             continue
         if first is not None:
             before_end()
-            os._exit(128 + max(first, number))
+            os._exit(128 + max(first, number))  # SIGTERM counts: two signals at the same time have no order
         first = number
         stop()

@@ -1,11 +1,13 @@
 """Converts a decoded image to 8-bit sRGB without transparency, and describes each step in a note for the user.
 
-An embedded ICC profile is applied. Without a profile, colours are taken as sRGB. Two kinds of profiles are ignored,
-with a note: damaged profiles, and profiles for another colour space than the colour space of the pixels. A PNG's gamma
-is not applied, and a note says so. The primaries that a HEIC file names by number are not applied either, with a note.
-A PNG's cICP chunk and an AVIF's primaries are not applied either. For these there is no note, because Pillow does not
-report them. 16 bits a channel become 8 bits. For colour channels, Pillow keeps the upper byte. For grey, this module
-scales the values.
+An embedded ICC profile is applied. Without a profile, colours are taken as sRGB. These are not applied, and a note
+says so:
+* a damaged profile;
+* a profile for another colour space than that of the pixels;
+* a PNG's gamma;
+* the primaries that a HEIC file names by number.
+A PNG's cICP chunk and an AVIF's primaries are not applied, without a note, because Pillow does not report them.
+If a channel has 16 bits, Pillow keeps the upper byte of a colour, and this module scales grey to 8 bits.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def load_earlier(path: str) -> EarlierVideo:
 def earlier_frames(path: str) -> Iterator[npt.NDArray[np.uint8]]:
     """Yields the frames [H, W, 3] of an earlier video, as 8-bit RGB.
 
-    Raises ConfigError for the faults that `load_earlier` lists, except the two faults of the frame rate.
+    Raises ConfigError if PyAV cannot decode the file, or if no clip can continue the video; see `load_earlier`. The
+    frame rate is not checked.
     """
     subject = f"{OPTION} {path}"
     with _opened(path, subject) as container:
@@ -143,7 +144,7 @@ def _check_rate(fps: float, times: list[float | None], subject: str) -> None:
         raise ConfigError(f"{subject}: has {fps:.5g} frames per second, not a whole number up to 240: {fix}")
     known = [time for time in times if time is not None]  # a file without a container has none
     if any(abs(time - known[0] - number / fps) > 1 / fps for number, time in enumerate(known)):
-        raise ConfigError(f"{subject}: shows its frames for unequal times, and these times would be lost: {fix}")
+        raise ConfigError(f"{subject}: has a frame rate that varies, but a clip has a constant frame rate: {fix}")
 
 
 def _rgb(frame: Any, subject: str) -> npt.NDArray[np.uint8]:

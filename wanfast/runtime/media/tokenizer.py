@@ -1,14 +1,13 @@
 """Turns a prompt into token ids, as UMT5 was trained to read them.
 
-The text is cleaned and split into tokens, and </s> is appended.
-`tokenizer.json` holds the whole tokenizer. The small `tokenizers` library reads this file in a tenth of a second,
-without torch or transformers. Ids are not padded, because UMT5 gives the same vectors with or without padding. The
-model expects cleaned texts. Cleaning rewrites full-width punctuation, for example, so that without cleaning the default
-negative prompt would get other ids.
+The text is cleaned and split into tokens, and </s> is appended. The text must be cleaned, because the model was trained
+on cleaned texts. Cleaning rewrites full-width punctuation, for example, and thus changes the ids of the default
+negative prompt. Ids are not padded, because UMT5 gives the same vectors with or without padding.
 
 Limit: a prompt longer than `max_tokens` loses its end (never its </s>); `TokenizedPrompt.truncated` reports this.
-This module does not import torch. Large packages are imported only when they are needed, because the parent process
-imports this module.
+The parent process imports this module. Therefore, this module imports neither torch nor transformers, and imports large
+packages only when they are needed. The small `tokenizers` library reads `tokenizer.json`, which holds the whole
+tokenizer.
 
 Source: the text tokenizer and the shared configuration of Wan-Video/Wan2.2 (42bf4cf).
 """

@@ -62,20 +62,15 @@ def _check_file(target: Path, subject: str, *, overwrite: bool) -> None:
 
 
 class Mp4Writer:
-    """Encodes frames [F, H, W, 3], with even H and W, in a separate thread while the next frames are made.
+    """Encodes frames as an mp4 in a separate thread, while the next frames are made.
 
-    The video is H.264: yuv420p, with the constant rate factor (CRF) `crf`. The file's index comes first, so that
-    players can start before they have the whole file. The pixels are BT.709 in limited range at every size. The stream
-    and the container name this format, because players would otherwise guess another one for small videos.
+    Use this class in a `with` block, and give `add` the frames [H, W, 3], with even H and W. The file is complete when
+    the block ends. The frames must not change before then. `add` and the end of the block raise OSError if the encoding
+    fails. After an error, the caller must remove the file.
 
-    The same frames give the same bytes, whether they are added at once or a few at a time. Two settings ensure this.
-    The number of threads is fixed, because the stream depends on it. The setting `cpu-independent` turns off x264's
-    assembly for macroblock-tree, because this assembly reads uninitialized memory. (AVX-512 machine, PyAV 18.1: without
-    this setting the bytes differed for every MALLOC_PERTURB_, and from run to run in one process.)
-
-    PyAV is called directly, because imageio's plugin drops encoder options (CRF 10 was requested, but the stream said
-    23). The caller publishes the file completely or not at all. `add` and the end of the `with` block raise OSError if
-    the encoding fails. Frames that were added must not change before the block ends.
+    The video is H.264: yuv420p, BT.709 in limited range, with the constant rate factor (CRF) `crf`. Players can start
+    before they have the whole file. The same frames give the same bytes, whether they are added at once or a few at a
+    time.
     """
 
     def __init__(self, path: Path, fps: int, crf: int = 10) -> None:
@@ -122,8 +117,14 @@ class Mp4Writer:
     def _open(self, height: int, width: int) -> None:
         import av
 
+        # PyAV is called directly: imageio's plugin drops encoder options (CRF 10 was requested, the stream said 23).
+        # The stream depends on the number of threads. `cpu-independent` turns off x264's assembly for macroblock-tree,
+        # which reads uninitialized memory. (AVX-512 machine, PyAV 18.1: without this setting the bytes differed for
+        # every MALLOC_PERTURB_, and from run to run in one process.)
         same_bytes = {"threads": "8", "thread_type": "frame", "x264-params": "cpu-independent=1"}
+        # Both stream and container name the colours, because players would otherwise guess others for small videos.
         colours = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
+        # With `faststart`, the file's index comes first.
         self._container = av.open(str(self._path), "w", format="mp4", options={"movflags": "faststart"})
         options = {"crf": str(self._crf), **same_bytes, **colours}
         self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)

@@ -104,29 +104,33 @@ class Projections(Protocol):
 class Fp8Projections(Protocol):
     """This interface computes queries, keys and values of this rank's tokens in float8; `attention_fp8` explains how.
 
-    The method `queries` needs no statistics. The method `keys_and_values` needs a scaling, which the method `scaling`
-    computes from the statistics of all ranks' tokens.
+    The queries come from the method `queries` alone. For the keys and values, first call `statistics` on every rank.
+    Then give the statistics of all ranks to `scaling`, and the result to `keys_and_values`.
     """
 
     dtype: torch.dtype  # of the attention's result
 
     def queries(self, parts: int) -> Tensor:
-        """Returns q in float8, with the heads divided into groups: [parts, B, L, H / parts, D]."""
+        """Returns q in float8, with the heads divided into `parts` equal groups: [parts, B, L, H / parts, D]."""
         ...
 
     def statistics(self, first: int, count: int, num_tokens: int) -> Tensor:
         """Returns the statistics [5, d] of this rank's tokens, as `attention_fp8.statistics` defines them.
 
-        This rank has `count` tokens of the video's `num_tokens`, from token `first` on, counted from 0.
+        `first`: the index of this rank's first token in the video. `count`: the number of this rank's tokens.
+        `num_tokens`: the number of tokens of the video.
         """
         ...
 
     def scaling(self, statistics_P5d: Tensor) -> Scaling:
-        """Returns the scaling of all heads, from the statistics of all ranks."""
+        """Returns the scaling of all heads, from the statistics [P, 5, d] of all P ranks."""
         ...
 
     def keys_and_values(self, scaling: Scaling, parts: int) -> tuple[Tensor, Tensor]:
-        """Returns k and v in float8, each [parts, B, L, H / parts, D]."""
+        """Returns k and v in float8, with the heads divided into `parts` equal groups.
+
+        Both are [parts, B, L, H / parts, D]. `scaling` is the result of the method `scaling`.
+        """
         ...
 
 
@@ -136,7 +140,7 @@ class Sequence(Protocol):
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """Divides the tokens, which lie along `dim` of x, among the ranks; returns this rank's part.
 
-        The parts of all ranks have the same length.
+        The parts of all ranks have the same length; zeros pad the parts of the last ranks if necessary.
         """
         ...
 

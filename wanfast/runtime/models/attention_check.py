@@ -1,13 +1,13 @@
 """This module measures the error of attention: it compares a few rows of the output with exactly computed rows.
 
 A row is the output for one query. A few exact rows cost little: 64 of 75,600 queries are a thousandth of a dense call.
-So each run can measure the error for its own weights and its own video. `sampled_errors` measures the error of a call
-that ran. This error has two causes: keys that were left out, and rounding. torch's flash kernel computes the exact
-rows. In bf16, these rows have an error of about 0.002 themselves.
-
+So each run can measure the error for its own weights and its own video.
+`sampled_errors` measures the error of a call that ran. This error comes from keys that were left out, and from
+rounding. `errors_by_length` and `fp8_errors` are for a calibration. They measure the error that a sparse call or a
+float8 call would have, and compute only its sampled rows. torch's flash kernel computes the exact rows; in bf16, its
+own error is about 0.002.
 If several ranks share the tokens, each rank attends to its own keys, and the parts are joined by their log-sum-exp.
-A calibration needs errors of calls that did not run. `errors_by_length` and `fp8_errors` compute only the sampled rows
-of these calls.
+
 Shapes: L tokens of a rank, H heads, D head dim, S sampled queries of each head, P ranks, N blocks,
 E lengths of lists of blocks, which `errors_by_length` tries.
 """
@@ -36,9 +36,9 @@ def sampled_errors(
 ) -> Tensor:
     """Returns each head's relative error [H], float32: |out - exact| / |exact| over the queries `rows_HS` of this head.
 
-    `rows_HS` holds indices of tokens, counted over the whole video. This rank holds the tokens from index `first` on,
-    as many as there are keys; rows of padding may follow in q and out. `stack(x)` returns the tensors x of all ranks as
-    one tensor [P, ...].
+    `rows_HS`: for each head, indices of tokens in the whole video. `first`: the index of this rank's first token. k and
+    v hold only this rank's tokens; q and out may have padding after them. `stack(x)` returns the tensors x of all ranks
+    as one tensor [P, ...].
     """
     place, heads = rows_HS - first, torch.arange(rows_HS.shape[0], device=rows_HS.device)[:, None]
     is_own = ((place >= 0) & (place < len(k_LHD)))[..., None]
@@ -60,11 +60,12 @@ def errors_by_length(
     block: int,
     lengths: Sequence[int],
 ) -> Tensor:
-    """Returns each head's relative error [H, E] over the queries `rows_HS`, for lists of blocks with the E `lengths`.
+    """Returns the relative error [H, E] that each head would have with lists of each of the E `lengths`.
 
-    `order_HNN`, from `attention_router.block_order`: for each head and each block of queries, the place of every block
-    of keys in the router's order, counted from 0. A list of n blocks holds the blocks of keys at the places 0 to n-1.
-    `block`: the number of tokens in a block. Rows are computed in float32, so that the errors contain no rounding.
+    `rows_HS`: for each head, the indices of the queries that are compared. `lengths`: the numbers of blocks in the
+    lists. `block`: the number of tokens in a block. `order_HNN`: the result of `attention_router.block_order`. For each
+    head and each block of queries, it holds the place of each block of keys; the largest score has place 0. A list of n
+    blocks holds the blocks at the places 0 to n-1. All is computed in float32, so that the errors contain no rounding.
     """
     errors = []
     for head, rows in enumerate(rows_HS):  # one head's scores at a time

@@ -43,9 +43,9 @@ _TINIEST = 1e-12  # so that a head of zeros has a scale
 class Fp8Heads(NamedTuple):
     """Holds the queries, keys and values of some heads in float8.
 
-    Times the scale of its head, a number is again the value that was rounded to float8. Before the rounding, a constant
-    of each head was subtracted from k and from v. Only the constant of v must be added to the output of attention; this
-    constant is `v_centre`.
+    A constant of each head was subtracted from k and from v. Then all three were divided by a scale of each head, and
+    rounded. To get the attention, multiply by the scales, and add `v_centre`, the constant of v, to the output. The
+    constant of k is not needed, because it does not change the attention.
     """
 
     q: Tensor  # [B, L, H, D]
