@@ -147,8 +147,7 @@ def _read(
     finite: Finite = {}
     parts = {name: _own_part(tensor, ranks) for name, tensor in wanted.items()}
     mapped = ((tensor, tensor.rows(*parts[tensor.name].rows)) for tensor in _in_order_of_files(places, source))
-    cores = host.cores() // ranks.mesh.size
-    for tensor, stored in staging.to_device(mapped, device, cores):
+    for tensor, stored in staging.to_device(mapped, device, host.share_of_cores(ranks.mesh.size)):
         name, part, scheme = tensor.name, parts[tensor.name], quantizing.get(tensor.name)
         scales = tensor.scales(*part.rows)
         quantized = _taken(stored, scales, scheme) if merge is unmerged else None
