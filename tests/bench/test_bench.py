@@ -287,9 +287,9 @@ def test_random_weights_and_few_steps_say_so(wanfast: Wanfast, clips: Path) -> N
         (("--repeats", "0"), "--repeats 0: use 1 or more"),
         (
             ("--steps-measured", "9"),
-            "--steps-measured 9: the video has 3 steps, and each expert of the video needs at ",
+            "--steps-measured 9: the video has 3 steps, and each of its experts must run at ",
         ),
-        (("--steps-measured", "1"), "needs at least one: use 2 to 3"),
+        (("--steps-measured", "1"), "at least one step: use 2 to 3"),
         (("--recipes", "fa3"), "--attention fa3 needs a GPU"),
         (("--set", "gone"), "--set"),
     ],

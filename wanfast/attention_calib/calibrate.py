@@ -1,9 +1,9 @@
 """Runs the jobs of `wanfast calibrate-attention` on a rank: denoises each clip, and measures errors of attention.
 
-Each clip is denoised with dense attention. Sparse attention would compute only some blocks of keys: those in the lists
-that a router makes. In each call of self-attention, the error of sparse attention is measured on sampled queries, for
-each density of `LADDER`. Lists are used for several steps before new lists are made, as `wanfast generate` does. If the
-float8 kernel runs on all ranks, the error of float8 attention is measured too.
+Each clip is denoised with dense attention. In each call of self-attention, some queries are also computed with lossy
+attention, and the error of their outputs is measured. Sparse attention is measured for each density of `LADDER`: a
+router chooses the blocks of keys that it computes. As in `wanfast generate`, the chosen blocks are used for several
+steps, and then the router chooses again. Float8 attention is measured if its kernel runs on all ranks.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from wanfast.runtime.planning.progress import ProgressFn
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
-    """Denoises one clip with dense attention, and returns the relative errors that lossy attention would cause.
+    """Denoises the clip of `job` with dense attention, and returns the errors that lossy attention would cause.
 
-    "errors" [band][layer][head][choice] holds means over the calls of a band. The choices are the densities of
-    `LADDER`, in order. If float8 attention runs on all ranks, it is one more choice at the end. "seconds" holds the
-    seconds of denoising. Raises ConfigError if --fp8 was given, but float8 attention does not run on all ranks.
+    After each step, `progress` is called with `index`, the number of the job. Returns a dict:
+
+    * "errors" [band][layer][head][choice]: the mean of the relative errors in the calls of a band. The choices are the
+      densities of `LADDER`, in order. If float8 attention runs on all ranks, the last choice is float8.
+    * "seconds": the seconds of denoising.
+
+    Raises ConfigError if --fp8 was given, but float8 attention does not run on all ranks.
     """
     ranks, precision, head_dim = session.ranks, job.config.models.precision, session.files.spec.dit.head_dim
     if job.requested.get("fp8"):

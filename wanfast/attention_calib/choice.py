@@ -28,15 +28,17 @@ def is_whole(measured: dict[str, Any], shape: tuple[int, int, int], *, fp8: bool
 
 
 def chosen(measured: list[dict[str, Any]], target: float, *, fp8: bool) -> dict[str, Any]:
-    """Makes, for each head of each layer and band, the cheapest choice with an error of at most `target` in every clip.
+    """Chooses the cheapest attention for each head of each layer and band.
 
-    A choice is a density or, if `fp8` is true, float8. `measured` holds the results of `calibrate.measure`, one for
-    each clip. A head for which no choice meets `target` is dense, and its error counts as 0. Returns a JSON document:
+    A choice is a density of `LADDER` or, if `fp8` is true, float8. Each head gets the cheapest choice with an error of
+    at most `target` in every clip. If there is no such choice, the head stays dense, and its error counts as 0.
+    `measured` holds the results of `calibrate.measure`, one for each clip. Returns a JSON document:
 
-    * "densities" [band][layer][head]: the choices that were made; null is a dense head.
-    * "mean_error" and "largest_error": of these choices, over all heads and clips.
-    * "errors" [band][layer][head][choice]: for every possible choice, the largest error over the clips.
-    * "ladder": for every possible choice, the mean error over all heads and clips.
+    * "densities" [band][layer][head]: what each head gets: a density, "fp8", or null for a dense head.
+    * "target_error": `target`.
+    * "mean_error" and "largest_error": of what the heads get, over all heads and clips.
+    * "errors" [band][layer][head][choice]: the largest error of each choice over the clips, the cheapest choice first.
+    * "ladder": the mean error of each choice over all heads and clips.
     """
     choices = [choice for choice in CHOICES if choice is not None and (fp8 or choice != "fp8")]
     columns = [(*LADDER, "fp8").index(choice) for choice in choices]  # as a clip's errors have them

@@ -91,7 +91,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """This class holds one recipe's models, planned videos and cells, or the error that stops the recipe."""
+    """This class holds what `wanfast bench` runs for one recipe; if the recipe cannot run, the row holds the error."""
 
     recipe: RecipeName
     opened: Opened | None = None
@@ -185,8 +185,8 @@ def _check_steps(video: VideoConfig, spec: ModelSpec, steps: int) -> None:
     if steps > video.num_steps or not has_all_experts(video, spec, steps):
         fix = f"use {least_steps(video, spec)} to {video.num_steps}"
         raise ConfigError(
-            f"--steps-measured {steps}: the video has {video.num_steps} steps, and each expert of the video needs at "
-            f"least one: {fix}"
+            f"--steps-measured {steps}: the video has {video.num_steps} steps, and each of its experts must run at "
+            f"least one step: {fix}"
         )
 
 

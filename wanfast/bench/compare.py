@@ -30,9 +30,9 @@ def compared(
 ) -> dict[str, Quality]:
     """Compares each recipe's videos with the videos of the recipe `base`, and returns {recipe: quality}.
 
-    `videos` maps each recipe to a list of files that `write_frames` wrote, one for each of the `prompts`. The metrics
-    are computed on `device`. If `is_judged` is true, the prompts are captions of the tiny model's world. Then
-    `compared` also judges whether each video shows the motion that its caption names.
+    `videos` is {recipe: files}, with one file that `write_frames` wrote for each of the `prompts`. The metrics are
+    computed on `device`. If `is_judged` is true, `compared` also counts the videos that show the motion of their
+    prompt. `is_judged` is for the tiny model only: no other model's motions can be recognised.
     """
     found: dict[str, list[Quality]] = {name: [] for name in videos}
     for clip, prompt in enumerate(prompts):

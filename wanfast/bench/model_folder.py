@@ -80,8 +80,8 @@ def random_bytes(spec: ModelSpec) -> int:
 def randomise(module: nn.Module, seed: int) -> None:
     """Fills EVERY parameter of `module` with random values.
 
-    If a tensor kept its default of zero or one, a test could not detect that the code ignores this tensor or uses
-    another tensor instead.
+    By default, some parameters are all zero or all one. Such values would hide errors: a test would pass even if the
+    code never read the parameter.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():

@@ -42,7 +42,8 @@ def draw_quality(report: dict[str, Any], file: Path) -> None:
     """Draws a point for each row: the seconds of a video (x), and the PSNR against the first recipe (y).
 
     If a row's videos are identical to those of the first recipe, the PSNR is infinite, and the point lies near the
-    upper edge. Dashed lines show the noise floor, such as the PSNR of another seed.
+    upper edge. Dashed lines show how near the first recipe comes to its own videos: in a second run with the same
+    seed, and with another seed.
     """
     from matplotlib.figure import Figure
 

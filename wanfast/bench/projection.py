@@ -103,11 +103,10 @@ def on_more_gpus(
 ) -> dict[str, float]:
     """Returns the seconds of each stage on the second mesh of `meshes`, projected from `seconds` on the first mesh.
 
-    `seconds` holds the measured stages "encode", "denoise" and "decode"; `forwards` is the number of forwards of the
-    video. Encoding and decoding change by the factor that `model` predicts. The time of a forward is split in two
-    parts. The exchange is computed by `model`. The rest of the measured time is work that the ranks share equally.
-    `model` does not compute this work, so the measured video may use other kernels than the runs to which `model` was
-    fitted.
+    `seconds`: the measured seconds of the stages "encode", "denoise" and "decode". `forwards` and `tokens`: how many
+    the video has. Encoding and decoding change by the factor that `model` predicts. For a forward, `model` computes
+    only the time of the exchange. The rest of the forward's measured time is divided by the number of ranks that share
+    the tokens. The measured video may therefore use other kernels than the runs to which `model` was fitted.
     """
     before, after = meshes
     exchange = [model.forward(tokens, mesh.ulysses)["exchange"] for mesh in meshes]
@@ -133,12 +132,13 @@ def mesh_of(num_gpus: int, cfg: int | None = None) -> Mesh:
 
 
 def fit(forward: Printed, profile: Printed, vae: Printed, video: Printed) -> CostModel:
-    """Fits the cost model to the documents of four benchmarks.
+    """Fits the cost model to documents that benchmarks printed.
 
-    `forward`: the time of a forward on one GPU and on two GPUs.
-    `profile`: how the time of a forward on one GPU is divided among its parts.
-    `vae`: the times of the VAE on one GPU and on two GPUs.
-    `video`: the times of whole videos on two GPUs. What remains after text, denoising and VAE is the time of the start.
+    `forward`: from `benchmarks/forward.py`, the time of a forward on one GPU and on two GPUs.
+    `profile`: from `benchmarks/forward.py --profile`, the share of each part of a forward on one GPU.
+    `vae`: from `benchmarks/vae.py`, the times of the VAE on one GPU and on two GPUs.
+    `video`: from `benchmarks/whole_video.py --random`, the times of whole videos on two GPUs. The time of the start is
+    what remains of a video's time without text, denoising and VAE.
     """
     one_s, two_s = (forward["ways"][name]["ms"] / 1000 for name in ("one", "ulysses 2"))
     tokens, shares = forward["tokens"], next(iter(profile["profiles"].values()))["shares"]  # the first is one GPU's
@@ -202,11 +202,12 @@ class WholeVideo:
 def checks(
     model: CostModel, *, forward: Printed | None = None, vae: Printed | None = None, video: Printed | None = None
 ) -> list[dict[str, Any]]:
-    """Compares the cost model's projections with measurements that `fit` did not use; skips documents that are None.
+    """Compares the cost model's projections with measurements that `fit` did not use.
 
-    The documents `forward` and `vae` may hold results for several numbers of ranks; only the results for the largest
-    number are compared. Returns one document for each comparison: what, measured_s, projected_s, and the relative
-    error.
+    Each measurement is a document that a benchmark printed: `forward` by `benchmarks/forward.py`, `vae` by
+    `benchmarks/vae.py`, and `video` by `benchmarks/whole_video.py --random`. A document that is None is not compared.
+    If `forward` or `vae` has results for several numbers of ranks, only those for the largest number are compared.
+    Returns one dict for each comparison: what, measured_s, projected_s, and the relative error.
     """
     found = []
     if forward:

@@ -51,8 +51,8 @@ def bench(
     steps_measured: Annotated[
         int | None,
         typer.Option(
-            help="Measure only this number of steps, in which no forward is skipped, and estimate the seconds of the "
-            "whole video from these steps.",
+            help="Denoise only this number of steps, without skips. The seconds of the whole video are then an "
+            "estimate, and the quality is not measured.",
             show_default="all",
             rich_help_panel=MAKE,
         ),

@@ -51,8 +51,8 @@ def calibrate_attention(
     fp8: Annotated[
         bool,
         typer.Option(
-            help="Let a head compute all blocks in float8, if float8 meets --target-error and no density that costs "
-            "less meets it. On a GPU, this command and every run with the plan then need FlashAttention-3.",
+            help="Also try float8 for each head. A head gets float8 if it meets --target-error in float8, but not at a "
+            "cheaper density. On a GPU, this command and every run with the plan then need FlashAttention-3.",
             rich_help_panel=LOSSY,
         ),
     ] = False,

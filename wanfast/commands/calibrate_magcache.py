@@ -64,10 +64,9 @@ def calibrate_magcache(
 
 
 def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list[Plan]:
-    """Returns one plan for each clip.
+    """Returns one plan for each clip. Raises WanFastError.
 
-    Each plan counts the bytes of two residuals for each branch: this step's and the previous step's. Raises
-    WanFastError.
+    The plan's memory includes the residuals of two steps for each branch: this step's and the previous step's.
     """
     return plans_of(given, clips, files, requested=given, residuals_a_branch=2)
 

@@ -40,10 +40,13 @@ def measured_clips(
     *,
     show_progress: bool,
 ) -> list[dict[str, Any]]:
-    """Returns the measurements of every clip; as soon as a clip is measured, the clip's measurements are stored.
+    """Returns the measurements of every clip. Clips that an earlier run measured are not measured again.
 
-    `kind` is the kind of the artifact. `inputs` and `plans` have one element for each clip. `is_whole` returns whether
-    stored measurements are complete. Raises WanFastError.
+    As soon as a clip is measured, its measurements are stored. Raises WanFastError.
+
+    `verb`: the command that measures. `kind`: the kind of the artifact for which the clips are measured.
+    `inputs`: for each clip, everything on which its measurements depend. `plans`: one plan for each clip.
+    `is_whole`: returns whether stored measurements are complete.
     """
     missing = [index for index, of_clip in enumerate(inputs) if read_clip(store, kind, of_clip, is_whole) is None]
     if len(missing) < len(inputs):

@@ -43,9 +43,10 @@ def run_jobs(
 ) -> list[Document]:
     """Runs `jobs` on the ranks that the first plan describes, and returns one result per job, in order.
 
-    `of_list`: whether the jobs come from a list of videos or clips, even if only one job of the list remains to be
-    done. A list never runs in this process. `ray`: the address of a Ray cluster; the ranks that the first plan
-    describes then run on each machine of the cluster. `on_result(index, result)` is called as soon as a job is done.
+    `of_list`: whether the jobs come from a list of videos or clips. Such jobs always run in separate processes, even if
+    only one job of the list remains to be done.
+    `ray`: the address of a Ray cluster. Each machine of the cluster then runs the ranks that the first plan describes.
+    `on_result(index, result)`: is called as soon as a job is done.
     """
     atexit.register(gc.freeze)  # else the interpreter, before it ends, searches all modules for garbage
     config = plans[0].config

@@ -27,11 +27,11 @@ def doctor(
     context: typer.Context,
     json_: options.Json = False,
 ) -> None:
-    """Report what is installed, what fits, and what to type next.
+    """Report what is installed, what fits into the GPU memory, and what to type next.
 
     This command loads no weights.
     If your options name files of experts or LoRAs, this command stores the hashes of these files for later runs.
-    Exit code: 2 for a wrong option, 4 if an option names a damaged file, else 0, even if something is missing.
+    Exit code: 0, even if something is missing; 2 for a wrong option; 4 if an option names a damaged file.
     """
     from wanfast.runtime.jobs import doctor as worker  # imports torch, which may be broken
 

@@ -64,8 +64,8 @@ def clip_set(by_default: str) -> Any:
     """Returns the option --set of a command that reads a set of clips; `by_default` describes the default set."""
     return typer.Option(
         "--set",
-        help="A folder with a file clips.jsonl. Each line is a JSON object with the key prompt and, if the model takes "
-        "images, with the keys image and optionally last_image.",
+        help="A folder with a file clips.jsonl. Each line of the file is a JSON object with the key prompt. If the "
+        "model takes images, a line also needs the key image; the key last_image is optional.",
         show_default=by_default,
         rich_help_panel=MAKE,
     )
@@ -146,9 +146,10 @@ def _number_or_auto(value: int | str) -> int | str:
 
 
 def given(context: typer.Context) -> dict[str, Any]:
-    """Returns the options that the user typed; the config adds the options that environment variables set.
+    """Returns {option: value} for the options that the user typed.
 
-    If a repeatable option is typed only once, its value is not in a list.
+    Options that are set by environment variables are not included: the config reads them itself. The value of a
+    repeatable option is a list, except if the user typed the option only once.
     """
     return {
         name: value[0] if isinstance(value, list) and len(value) == 1 else value

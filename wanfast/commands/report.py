@@ -26,13 +26,13 @@ _WORTH_A_NOTE_S = 0.5
 
 
 class Report:
-    """Prints plans and results on stdout.
+    """Prints plans and results on stdout or, if `as_json` is true, on stderr.
 
-    With `as_json`, plans and results go to stderr instead, and the last line of stdout is one JSON document.
+    If `as_json` is true, the last line of stdout is one JSON document. Notes always go to stderr. If a line of a list
+    fails, the line's error goes to stderr too.
 
-    Notes and the errors of the lines of a list always go to stderr.
-    `brief` is true if stdout is not a terminal. Then each result is one line, plans are printed only if the method
-    `plans` is called with `always=True`, and the command shows no progress bars.
+    `brief` is true if stdout is not a terminal. Then each result is one line, and the command shows no progress bars.
+    Plans are not printed then, except by `plans(..., always=True)`.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -43,7 +43,7 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """Prints the notes, and for each request without a plan the reason.
+        """Prints the notes of all plans. For a request without a plan, `result` prints the reason.
 
         If `always` is true or stdout is a terminal, this method also prints the plans.
         """

@@ -16,14 +16,21 @@ from wanfast.runtime.store.json_files import read_object
 
 
 def clip_file(store: ArtifactStore, kind: str, inputs: dict[str, Any]) -> Path:
-    """Returns the path of the file with one clip's measurements; an interrupted run resumes from such files."""
+    """Returns the path of the file that stores one clip's measurements.
+
+    `kind`: the kind of the artifact for which the clip is measured. `inputs`: everything on which the measurements
+    depend. The file's name is a hash of `inputs`.
+    """
     return store.root / f"{kind}_clips" / f"{key_of(inputs)[:12]}.json"
 
 
 def read_clip(
     store: ArtifactStore, kind: str, inputs: dict[str, Any], is_whole: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any] | None:
-    """Returns a clip's stored measurements, or None if they are missing, incomplete or made from other inputs."""
+    """Returns a clip's stored measurements, or None if they are missing, incomplete or were made with other `inputs`.
+
+    `kind` and `inputs` are those of `clip_file`. `is_whole` returns whether measurements are complete.
+    """
     try:
         document = read_object(clip_file(store, kind, inputs), "it is measured again")
         same = document["inputs"] == json.loads(json.dumps(inputs))
@@ -40,8 +47,8 @@ def require_clip(
     measured = read_clip(store, kind, inputs, is_whole)
     if measured is None:
         raise MissingArtifactError(
-            f"{clip_file(store, kind, inputs)}: a clip was measured, but its file is missing or incomplete now: end "
-            "other calibrations, because they may have replaced the file, and run this command again"
+            f"{clip_file(store, kind, inputs)}: a clip was measured, but its file is missing or incomplete now: "
+            "another calibration may have replaced the file: end other calibrations, then run this command again"
         )
     return measured
 

@@ -64,12 +64,15 @@ def _mean(values: list[float], otherwise: float) -> float:
 def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelFiles) -> dict[str, Any] | None:
     """Compares the curve with the model's preset, and lists the steps at which the ratios differ too much.
 
-    A difference is too large if it exceeds the curve's spread at the step (the standard deviation over tokens).
-    "steps" lists the steps with such a difference, counted from 0. "differs" says whether there are such steps. "worst"
-    holds the step, the difference and the spread where the difference is the largest multiple of the spread. The first
-    step of each expert is excluded, because no plan uses the ratio of such a step.
-    Returns None if the model has no preset, if the preset belongs to other timesteps than those of `config`, or if
-    every step is excluded.
+    A difference is too large if it exceeds the curve's spread at the step (the standard deviation over tokens). The
+    first step of each expert is not compared, because no plan uses its ratio. Steps are counted from 0. Returns a dict:
+
+    * "steps": the steps at which the difference is too large.
+    * "differs": whether there is such a step.
+    * "worst": the step at which the difference, divided by the spread, is largest; also its difference and its spread.
+
+    Returns None if the model has no preset, if the preset belongs to other timesteps than those of `config`, or if no
+    step can be compared.
     """
     known, boundary = preset(files), files.spec.boundary
     here = steps_of_video(config.video, boundary)

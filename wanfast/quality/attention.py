@@ -1,14 +1,18 @@
 """Measures what lossy attention costs on the tiny model; `make tiny-attention` runs this module.
 
-Held-out pairs of image and prompt go through the pipeline with dense attention, and then with each kind of lossy
-attention, with the same seed. All calls of self-attention are lossy, except in the rows named "guarded": there, the
-first steps and the first layers stay dense. Each density has two plans of equal cost. In the uniform plan, all heads
-have this density. The calibrated plan comes from the clips that ship for `wanfast calibrate-attention`. Its target
-error is the smallest one at which the plan computes no more blocks than the uniform plan. Float8 is measured twice:
-with v's mean subtracted before quantization, and with v's mean left in. Each video is compared with the video of dense
-attention (PSNR, SSIM). In each lossy call, the outputs of some queries are compared with exact outputs (the sampled
-error). The tracker classifies the motion of each video. The command writes JSON and plots quality over density. For
-each kind of attention, the JSON also says whether a recipe may use this attention; see `gate`.
+For each held-out pair of image and prompt, one video is made with dense attention, and one with each kind of lossy
+attention. All videos of a pair have the same seed. Sparse attention has three kinds, at several densities:
+
+* "uniform": all heads have the given density, in all calls of self-attention.
+* "calibrated": the plan comes from the clips that ship for `wanfast calibrate-attention`. It computes at most as many
+  blocks as "uniform", with the smallest target error that allows this.
+* "uniform, guarded": as "uniform", but the first steps and the first layers stay dense.
+
+Float8 has two kinds. "fp8" subtracts v's mean before quantization, and "fp8 with v's mean" does not.
+Each video is compared with the video of dense attention (PSNR, SSIM). In each lossy call, the outputs of some queries
+are compared with exact outputs (the sampled error). The tracker classifies the motion of each video. The command writes
+JSON and plots quality over density. For each kind of attention, the JSON also says whether a recipe may use this
+attention; see `gate`.
 """
 
 from __future__ import annotations
@@ -76,7 +80,10 @@ DENSE = AttentionWay("dense", {})
 
 
 def ways(judge: Judge, measured: Sequence[dict[str, Any]]) -> list[AttentionWay]:
-    """Returns all ways to compute attention, dense first; `measured` holds the errors of the calibration's clips."""
+    """Returns the kinds of attention that are compared: dense, then sparse at several densities, then float8.
+
+    `measured` holds the results of `measure`, one for each clip of the calibration.
+    """
     steps = judge.settings.steps
     found = [DENSE]
     for density in DENSITIES:
@@ -88,9 +95,10 @@ def ways(judge: Judge, measured: Sequence[dict[str, Any]]) -> list[AttentionWay]
 
 
 def of_equal_cost(uniform: AttentionWay, judge: Judge, measured: Sequence[dict[str, Any]]) -> AttentionWay:
-    """Returns the most accurate calibrated way that computes at most as many blocks as the `uniform` way.
+    """Returns calibrated sparse attention that computes at most as many blocks as the sparse attention `uniform`.
 
-    The most accurate way is the one with the smallest target error.
+    Of all plans that meet this limit, the plan with the smallest target error is chosen. `measured` holds the results
+    of `measure`, one for each clip of the calibration.
     """
     plan = uniform.plan(judge, 0)
     assert plan.sparsity is not None

@@ -61,10 +61,10 @@ OVER_A_PHOTOGRAPH = ("over a photograph", "across a photograph", "over a picture
 
 
 def caption(name: str, choice: float, place: float) -> str:
-    """Returns a caption for the camera motion `name`; some captions also name a photograph.
+    """Returns a caption for the camera motion `name`, such as "The camera zooms in over a photograph".
 
-    `choice` selects the sentence. If `place` is below 0.4, the sentence names a photograph, and `place` selects the
-    words for it. Both numbers are in [0, 1).
+    `choice` and `place` are numbers in [0, 1). `choice` selects one of the motion's sentences. If `place` is below 0.4,
+    words such as "over a photograph" are added, and `place` selects these words.
     """
     phrases = CAMERAS[name].phrases
     sentence = phrases[int(choice * len(phrases))]

@@ -1,12 +1,18 @@
 """Compares distilled weights with their teacher and with plain weights; `make tiny-few-steps` runs this module.
 
-The teacher is the model itself with all its guided steps. The student runs a few-step recipe, with the pair of LoRAs
-from the model's folder. Four more videos are made with plain weights, in as many steps as the student takes. Two of
-them use the noise levels of the recipe, and two use the noise levels that `--steps` gives; one of each two is made with
-guidance, and the other one without. All videos of a held-out pair of image and prompt have the same seed. Each video is
-compared with the teacher's video (PSNR, SSIM), and the video's first frame is compared with the image. The motion of
-each video is classified. The paired PSNR is the student's PSNR to the teacher, minus the PSNR of plain weights to the
-teacher. It is above 0 if the student is nearer to the teacher. The command prints a table and writes JSON.
+Plain weights are the model's own weights, without a LoRA. Six videos are made from each held-out pair of image and
+prompt, with the same seed:
+
+* "teacher": plain weights, with all steps and with guidance.
+* "student": distilled weights, which are the plain weights and a pair of LoRAs, with the options of a few-step recipe.
+* "plain" and "plain, guided": plain weights, with as many steps and the same noise levels as the student.
+* "plain, as --steps" and "plain, as --steps, guided": plain weights, with as many steps as the student, but with the
+  noise levels that `--steps` gives.
+
+Each video is compared with the teacher's video (PSNR, SSIM), and the video's first frame is compared with the image.
+The motion of each video is classified. The paired PSNR is the student's PSNR to the teacher, minus the PSNR of plain
+weights to the teacher. The paired PSNR is above 0 if the student is nearer to the teacher. The command prints a table
+and writes JSON.
 """
 
 from __future__ import annotations
@@ -62,7 +68,7 @@ class FewStepsTask:
 
 
 def configs(judge: Judge, recipe: RecipeName) -> dict[str, EffectiveConfig]:
-    """Returns {name of a way: its config}: the teacher, the student, and four ways of plain weights."""
+    """Returns {name of a video: its config} for the six videos of a pair; the module's docstring lists them."""
     teacher, same = judge.config, undistilled(judge.config, recipe)
     assert same.video.levels is not None
     as_spaced = teacher.replace(steps=len(same.video.levels))
@@ -79,14 +85,18 @@ def configs(judge: Judge, recipe: RecipeName) -> dict[str, EffectiveConfig]:
 
 
 def plans(judge: Judge, recipe: RecipeName, seed: int = 0) -> Iterator[tuple[str, Plan]]:
-    """Yields (name of a way, plan of its video), the teacher first."""
+    """Yields (name of a video, plan of this video) for each video of `configs`, the teacher's first."""
     for name, config in configs(judge, recipe).items():
         yield name, judge.plan_of(config.replace(seed=seed))
 
 
 @torch.inference_mode()
 def judged(judge: Judge, task: FewStepsTask) -> dict[str, Any]:
-    """Makes the video of each way from one held-out pair, and returns the metrics of these videos."""
+    """Makes the videos of `configs` from one held-out pair, and measures them.
+
+    The result holds the fields of `task`, the motion that the prompt asks for ("asked"), and "ways": {name of a video:
+    metrics}.
+    """
     scene, truth = judge.held_out(task.index, task.mover)
     teacher, ways = None, {}
     for name, plan in plans(judge, task.recipe, task.index):
@@ -106,9 +116,10 @@ def judged(judge: Judge, task: FewStepsTask) -> dict[str, Any]:
 
 
 def summarise(results: list[dict[str, Any]], forwards: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
-    """Returns {what moves in the clips: [a row of figures for each way]}.
+    """Returns {what moves in the clips: rows}; what moves is "shape" or "camera".
 
-    `forwards` is {name of a way: the number of forwards of its video}.
+    There is a row for each video of `configs`, with its figures over all pairs. `results` are the results of `judged`.
+    `forwards` is {name of a video: the number of its forwards}.
     """
     movers = dict.fromkeys(result["mover"] for result in results)
     return {
@@ -139,7 +150,7 @@ def _figures(results: list[dict[str, Any]], way: str) -> dict[str, Any]:
 
 
 def said(row: dict[str, Any]) -> str:
-    """Returns the line of one way in the table that the command prints."""
+    """Returns a row of `summarise` as one line of the table that the command prints."""
     following = row["prompt_following"]
     text = f"{row['way']:26}{row['forwards']:3} forwards, {following['right']:3} of {following['of']} prompts, "
     text += f"first frame {row['first_frame_psnr']:.1f} dB"
@@ -159,7 +170,7 @@ def main() -> None:
         "--pairs",
         type=int,
         default=100,
-        help="number of held-out pairs with shapes; with --photographs, as many more with photographs",
+        help="number of held-out pairs with a moving shape; --photographs adds the same number with a moving camera",
     )
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()

@@ -18,9 +18,10 @@ LEAST_SSIM = 0.95  # to the video of dense attention, the mean over all pairs
 
 
 def gate(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, bool]:
-    """Returns {condition: whether a kind of lossy attention meets it}; "holds" says whether all are met.
+    """Returns which of the module's three conditions a kind of lossy attention meets.
 
-    `row` and `dense`: the metrics of the lossy attention, and the metrics of dense attention.
+    `row` and `dense`: the metrics of the lossy attention, and the metrics of dense attention. The keys of the result
+    are "prompts", "SSIM" and "error", one for each condition. A fourth key, "holds", is true if all three are met.
     """
     lowest_share, _ = dense["prompt_following"]["95%"]
     met = {

@@ -1,14 +1,20 @@
 """Measures videos with a given last image, and videos of several clips; `make tiny-kinds` runs this module.
 
-The model must be trained with last images. With `--photographs`, it must also be trained with photographs. For each
-held-out pair, a video gets the last frame of the true clip as its last image. The figures say how near the video's last
-frame comes to this image. As a control, a second video is made without the last image.
+The model must be trained with last images. With `--photographs`, it must also be trained with photographs.
+
+For each held-out pair of image and prompt, one video gets the last frame of the true clip as its last image. A second
+video, the control, gets no last image. The figures say how near the last frame of each video comes to the true one.
+
 For each chain, four clips with one prompt are made and joined as `wanfast generate` joins them. A seam is the place
-where two clips meet. At a seam, the frames must differ no more than most neighbouring frames inside the clips. The
-motion before a seam must go on after the seam. Colours may drift: the colours' mean and standard deviation in each clip
-are compared with those in the first clip. A shape must not leave the frame, so only shapes that circle, spin or stand
-still are used. All camera motions are used. A moving camera shows other things in later clips, so that colours change
-without drift. The JSON therefore also has the drift of those videos in which nothing should move.
+where two clips meet. The figures say:
+
+* in how many videos the mean change between frames at the seams is at most the 95th percentile inside the clips;
+* at how many seams the motion goes on;
+* how far the mean and the standard deviation of the colours drift from those of the first clip.
+
+The shape must stay in the frame, so that only shapes that circle, spin or stand still are used. If the camera moves,
+later clips show other things, and their colours change without drift. The figures therefore state the drift of still
+videos separately.
 """
 
 from __future__ import annotations
@@ -163,7 +169,11 @@ def _colours(frames: Frames) -> list[list[float]]:
 
 
 def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float) -> dict[str, Any]:
-    """Returns the figures of all videos: "between" and "chains", each as {"shape": ..., "camera": ...}."""
+    """Returns the figures of all videos, in two parts.
+
+    "between" holds the videos with a given last image, and "chains" those of several clips. Each part is {"shape":
+    figures, "camera": figures}, by what moves in the videos.
+    """
 
     def of(kind: str, mover: Mover) -> list[dict[str, Any]]:
         return [row for row in results if (row["kind"], row["mover"]) == (kind, mover)]
@@ -250,13 +260,14 @@ def main() -> None:
         "--pairs",
         type=int,
         default=25,
-        help="number of held-out pairs with shapes; with --photographs, as many more with photographs",
+        help="number of held-out pairs with a moving shape; --photographs adds the same number with a moving camera",
     )
     parser.add_argument(
         "--chains",
         type=int,
         default=18,
-        help=f"number of videos of {CLIPS} clips with shapes; with --photographs, as many more with photographs",
+        help=f"number of videos with a moving shape, each of {CLIPS} clips; --photographs adds the same number with a "
+        "moving camera",
     )
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()

@@ -72,8 +72,8 @@ class Photographs:
     def sample(self, shot: Shot, places: Tensor) -> Tensor:
         """Returns the photograph's colours [F, H, W, 3], in 0..1, at `places` [F, H, W, 2].
 
-        A place is (x, y) from the centre of the shot's first frame, in units of the frame's short side. This holds for
-        the places of all frames.
+        A place is (x, y), in units of the frame's short side. In all frames, the origin is the centre of the shot's
+        first frame.
         """
         picture = self.pictures[shot.photograph]
         height, width = picture.shape[1:]

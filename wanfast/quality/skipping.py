@@ -1,13 +1,16 @@
 """Measures what fewer forwards save and cost on the tiny model; `make tiny-magcache` runs this module.
 
-Held-out pairs of image and prompt go through the pipeline without skipping, and then with every setting of MagCache.
-Each setting makes three videos. The first video follows the greedy plan, which skips until the error reaches a
-threshold. The second video follows the least-error plan: it skips as many forwards as the greedy plan, within the same
-limits, but with the least accumulated error. The third video follows the least-error plan too, but extrapolates the
-residuals of skipped forwards.
-More videos are made with guidance that stops at a gate (`--guidance-gate`). Others follow the recipe `hybrid`, if the
-model's folder holds LoRAs for this recipe. One gate and the hybrid are also combined with both caches: residuals that
-are used again, and residuals that are extrapolated.
+From each held-out pair of image and prompt, one video is made without skipping. With each setting of MagCache, three
+videos are made:
+
+* "greedy" skips until the error reaches a threshold.
+* "least error" skips as many forwards as "greedy", within the same limits, but with the least accumulated error.
+* "extrapolated" skips the same forwards as "least error", and extrapolates their residuals.
+
+More videos are made with three values of `--guidance-gate`, which stops guidance early. If the model's folder holds
+LoRAs for the recipe `hybrid`, videos of this recipe are made too. One of the three values and the recipe are also
+combined with "least error" and with "extrapolated".
+
 Each video is compared with the unskipped video of the same seed (PSNR, SSIM) and with the true clip (PSNR), and the
 tracker classifies the video's motion. The command writes JSON and plots quality over the share of saved forwards.
 """
@@ -59,10 +62,10 @@ PlanKind = Literal["no skips", "greedy", "least error", "extrapolated"]
 
 @dataclass(frozen=True)
 class SkippingWay:
-    """Holds one way to save forwards: the name of its settings, its plan, and the kind of this plan.
+    """Holds a plan that saves forwards, the name of the plan's settings, and how the plan skips.
 
-    For example, the settings "E012K2R20, both-experts" mean threshold 0.12, at most 2 skips in a row, retention ratio
-    0.2, and --magcache-rule both-experts.
+    For example, the name "E012K2R20, both-experts" means threshold 0.12, at most 2 skips in a row, retention ratio 0.2,
+    and --magcache-rule both-experts.
     """
 
     settings: str
@@ -80,11 +83,11 @@ def ways(full: Plan, judge: Judge) -> list[SkippingWay]:
 
 
 def cached(full: Plan, judge: Judge, rule: MagCacheRule, name: str) -> dict[PlanKind, Plan]:
-    """Returns the plans by which MagCache skips forwards of the plan `full`.
+    """Returns three plans by which MagCache skips forwards of the plan `full`, each under the name of how it skips.
 
-    `rule` is the value of --magcache-rule, and `name` is a short name of settings, such as E012K2R20. The first is the
-    greedy plan. The second is the least-error plan with the same number of skips. The third is the same plan as the
-    second, but with extrapolated residuals.
+    `rule` is the value of --magcache-rule, and `name` is a short name of settings, such as E012K2R20. "greedy" skips
+    until the error reaches the threshold. "least error" skips as many forwards, but with the least accumulated error.
+    "extrapolated" skips the same forwards as "least error", and extrapolates their residuals.
     """
     settings = magcache_settings(name)
     assert settings is not None
@@ -100,9 +103,9 @@ def cached(full: Plan, judge: Judge, rule: MagCacheRule, name: str) -> dict[Plan
 
 
 def other_ways(full: Plan, judge: Judge) -> list[SkippingWay]:
-    """Returns the ways to save forwards by gates of guidance and by the recipe `hybrid`.
+    """Returns the plans that save forwards by `--guidance-gate` or by the recipe `hybrid`, some also by MagCache.
 
-    The ways of `hybrid` are left out if the model's folder lacks the recipe's LoRAs.
+    The plans of `hybrid` are left out if the model's folder lacks the recipe's LoRAs.
     """
     plans = {f"gate {gate:g}": judge.plan_of(full.config.replace(guidance_gate=gate)) for gate in GATES}
     both_caches = {f"gate {CACHED_GATE:g}"}
@@ -124,8 +127,8 @@ def other_ways(full: Plan, judge: Judge) -> list[SkippingWay]:
 def judged(judge: Judge, task: tuple[int, bool]) -> list[dict[str, Any]]:
     """Makes videos from one held-out scene, and returns a row of metrics for each video.
 
-    `task` holds the scene's index, and says whether gates and the hybrid are measured too. The first row is for the
-    video without skipping. Each other row is for one `SkippingWay`, in the order of `ways` and `other_ways`.
+    `task` is (the scene's index, whether the plans of `other_ways` are measured too). The first row is for the video
+    without skipping. The next rows are for the plans of `ways`, and the last rows for the plans of `other_ways`.
     """
     index, with_others = task
     scene, truth = judge.held_out(index)
@@ -233,9 +236,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--model", default="tiny", help="a model for which a curve of MagCache ships")
     parser.add_argument(
-        "--only-magcache", action="store_true", help="measure MagCache, but no gates of guidance and no recipe hybrid"
+        "--model", default="tiny", help="name or folder of a model; its MagCache curve must ship with wanfast"
+    )
+    parser.add_argument(
+        "--only-magcache", action="store_true", help="measure neither --guidance-gate nor the recipe hybrid"
     )
     parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
     options = parser.parse_args()

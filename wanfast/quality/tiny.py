@@ -61,7 +61,8 @@ Mover = Literal["shape", "camera"]  # what a prompt asks to move
 class Task:
     """Names a held-out pair of image and prompt, and says what the model gets besides the image.
 
-    This is the prompt or an empty prompt, and the true clip's last frame or none.
+    If `with_prompt` is false, the model gets an empty prompt. If `with_last` is true, the model also gets the last
+    frame of the true clip.
     """
 
     index: int
@@ -206,8 +207,8 @@ class Judge:
     ) -> Tensor:
         """Returns the video [3, F, H, W] in [-1, 1] that the pipeline makes by `plan` from `image` and `prompt`.
 
-        `image`: [3, H, W] in [-1, 1]. `residuals`: the cache that gets the residuals; None means the plan's own cache.
-        `last`: an image of the last frame, which the pipeline gets too; None if the pipeline gets no last frame.
+        `image` and `last`: the first and the last image of the video, [3, H, W] in [-1, 1]. If `last` is None, no last
+        image is given. `residuals`: the cache that decides which forwards are skipped; None means the plan's own cache.
         """
         text: dict[Branch, Tensor] = {
             "prompt": self.embed(prompt),
@@ -382,10 +383,10 @@ def _figures(results: list[dict[str, Any]], motions: list[str], settings: Settin
 
 
 def figures_of_last(psnrs: list[float]) -> dict[str, Any]:
-    """Returns how near videos came to their given last frames.
+    """Returns how near videos came to their given last frames: the mean PSNR, the least PSNR, and how many came near.
 
-    `psnrs`: for each video, the PSNR in dB of the video's last frame, compared with the given last frame. A video
-    reaches the given frame if this PSNR is 25 or more.
+    `psnrs` has one value for each video: the PSNR in dB of the video's last frame, compared with the given last frame.
+    A video came near if its PSNR is 25 or more.
     """
     return {
         "last_frame_psnr": round(float(np.mean(psnrs)), 3),
