@@ -76,11 +76,10 @@ def dry_result(item: Planned) -> dict[str, Any]:
 
 
 def run(planned: list[Planned], report: Report, ray: str | None) -> list[dict[str, Any]]:
-    """Makes a video for each element of `planned`, and returns a result for each element.
+    """Makes the video of each request in `planned`, and returns one result for each request, in order.
 
+    A request without a plan gets no video: its result is the reason, an error or a note that the video exists already.
     `ray`: the address of a Ray cluster whose machines make the videos, or None.
-
-    For an element without a plan, the result is an error, or a note that the video exists already.
     """
     ready = [item for item in planned if item.plan is not None]
     made: list[int] = []

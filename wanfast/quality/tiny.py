@@ -1,16 +1,17 @@
 """Measures the quality of the tiny model's videos; `make tiny-quality` runs this module.
 
-Each test is a pair of image and prompt: the first frame and the caption of a rendered clip. The pipeline of
-`wanfast generate` makes a video of each pair, and the video is compared with the clip. Some prompts ask for a motion of
-a shape; training never shows this combination of shape, colour and motion. With --photographs, other prompts ask for a
-motion of the camera over a photograph that training never shows. A test is passed if the video shows the requested
-motion. To find the motion, a tracker follows the shape, and an alignment of the frames follows the camera.
+Each test is a pair of an image and a prompt: the first frame and the caption of a rendered clip. The pipeline of
+`wanfast generate` makes a video of each pair, and the video is compared with the clip. The prompt asks for a motion of
+a coloured shape. Training never combines this shape, this colour and this motion. With --photographs, there are also
+pairs whose prompt asks for a motion of the camera over a photograph. Training never shows this photograph.
+A test is passed if the video shows the requested motion. A tracker finds the motion of the shape, and an alignment of
+the frames finds the motion of the camera.
 
-Some pairs run again with an empty prompt: then the motion is right only by chance. Some run again with the clip's last
-frame as a second image: the results say how many videos reach this frame. The VAE alone is measured on the rendered
-clips.
-The command prints the results. With --output, it also writes them as a JSON file, and plots the ratios of residual
-norms from step to step.
+Some pairs run again with an empty prompt. Then the motion can be right only by chance. Some pairs run again with the
+clip's last frame as a second image. Then the results say how many videos end near that frame. The VAE alone is measured
+on the rendered clips.
+The command prints the results. With --output, it also writes them as a JSON file, and draws MagCache's ratios of
+residual norms, step by step, as a PNG file.
 """
 
 from __future__ import annotations
@@ -168,7 +169,11 @@ class Judge:
         return result
 
     def held_out(self, index: int, mover: Mover = "shape") -> tuple[Scene, Tensor]:
-        """Returns a held-out scene and its true clip [3, F, H, W] in [-1, 1], rounded to 8 bits as in an image file."""
+        """Returns scene number `index`, which training never shows, and the scene's true clip.
+
+        `mover`: what moves in the scene, the shape or the camera; the camera needs photographs. The clip is
+        [3, F, H, W] in [-1, 1], and its values are rounded to 8 bits.
+        """
         size = (self.settings.side, self.settings.side)
         if mover == "shape":
             scene = draw_scene(index, held_out=True, camera_share=0.0)
@@ -263,8 +268,8 @@ def judge_all(
 ) -> list[R]:
     """Returns `judged(judge, task)` for each task, in order.
 
-    The tasks run in `processes` worker processes, and each process has its own judge. Each time that `every` more tasks
-    are done, a line with the progress is printed.
+    The tasks run in `processes` worker processes, and each process has its own judge. `every`: the number of
+    finished tasks between two printed lines of progress.
     """
     started, results = time.perf_counter(), []
     with multiprocessing.get_context("spawn").Pool(processes, _start, (settings,)) as pool:
@@ -331,9 +336,9 @@ _METRICS = (
 def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float) -> dict[str, Any]:
     """Returns the results as a JSON document, with mean qualities and the share of videos that show the right motion.
 
-    These values are for the videos with a moving shape. If there are videos with a moving camera, the key "camera"
-    holds the same values for them. `results`: what `Judge` returned for each video. `seconds`: how long all videos
-    took; the document only records it.
+    The top level of the document holds the means and shares of the videos with a moving shape. If there are videos with
+    a moving camera, the key "camera" holds their means and shares. `results`: what `Judge` returned for each video.
+    `seconds`: how long all videos took; the document only records it.
     """
     shapes, cameras = ([row for row in results if row["mover"] == mover] for mover in ("shape", "camera"))
     ratios = np.mean([row["ratios"] for row in shapes if row["with_prompt"]], axis=0)

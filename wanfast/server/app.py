@@ -211,7 +211,10 @@ def _add_errors(app: FastAPI) -> None:
 
 def _owner_of(keys: Keys) -> Any:
     async def owner(request: Request) -> str:
-        """Returns the owner of a request. Raises ApiError for a missing or wrong API key, before the body is read."""
+        """Returns the owner of the request's jobs: a hash of the API key, or EVERYBODY if the server has no keys.
+
+        Raises ApiError for a missing or wrong API key, before the body is read.
+        """
         found = keys.owner(request.headers.get("authorization"))
         if found is None:
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"

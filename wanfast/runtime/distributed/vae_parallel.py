@@ -10,10 +10,10 @@ to rank instead.
 A rank that runs out of memory must not stop at once: its neighbours would wait in their next exchange, until
 `--rank-timeout` is over (gloo) or NCCL's watchdog ends the process. So this rank still does all exchanges (`missed`):
 it repeats its work on the meta device, which computes only shapes, and sends zeros of these shapes. Then all ranks drop
-their results. If each rank that lacked memory can evict weights, all ranks repeat the VAE's work. Otherwise all ranks
-raise the same error.
-An error that does not mean lack of memory ends the rank and its whole rank group. So does an error of NCCL itself, even
-if its cause is lack of memory.
+their results. If every rank that ran out of memory can evict weights, all ranks repeat the VAE's work. If one of these
+ranks cannot evict any, all ranks raise the same error.
+Any other error ends the rank and its whole rank group. An error of NCCL itself also ends them, even if NCCL ran out of
+memory.
 
 Shapes: B batch, C channels, T frames, h own rows, w columns.
 """
@@ -53,7 +53,8 @@ class MissedExchanges(Exchanges):
     """Replaces `Exchanges` on a rank that ran out of memory: sends zeros, because other ranks wait for its tensors.
 
     The rank repeats its work on the meta device, which gives the shapes of the tensors. `done`: how many exchanges the
-    rank did before it ran out of memory; the repeated work sends nothing in these. `device`: where the zeros lie.
+    rank did before it ran out of memory. The first `done` calls of `swap` send nothing, and the later calls send zeros.
+    `device`: where the zeros lie.
     """
 
     def __init__(self, done: int, device: str) -> None:

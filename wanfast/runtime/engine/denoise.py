@@ -35,8 +35,8 @@ def denoise(
 
     `experts`: the expert of each step. `velocities(step index, expert, branches, sample, timestep)` returns one
     velocity for each of `branches`. `fresh_noise` draws noise for the steps of a solver that adds noise.
-    `on_step(steps done, expert)` is called before and after each step. `on_sample(step index, expert, sample)` is
-    called after each step, with the new sample.
+    `on_step(steps done, expert of the step)` is called twice for each step i: before it with i, after it with i + 1.
+    `on_sample(step index, expert, sample)` is called after each step, with the new sample.
     """
     integrator = Integrator(steps, fresh_noise)
     sample = noise

@@ -1,8 +1,7 @@
 """This module computes self-attention in float8 in the scheduled steps and layers of a video; see `attention_fp8`.
 
-In all other steps and layers, self-attention is exact. Cross-attention is always exact. With --attention-check, a few
-rows of the output are computed exactly too, to measure the error. For an exact row, each rank attends to the keys of
-its own tokens, and the parts of all ranks are joined.
+In all other steps and layers, self-attention is exact. Cross-attention is always exact. With --attention-check, the
+error is measured: the attention of a few queries is also computed exactly.
 
 Shapes: B batch (1), L tokens of this rank, H heads of all ranks, D head dim.
 """
@@ -64,10 +63,10 @@ class Fp8Attention(LossyAttention):
                 attention.fp8 = in_fp8 if step is not None and schedule.is_fp8(step, layer) else None
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """Returns each head's relative error [H] in the current layer, measured on sampled queries of all ranks.
+        """Returns the relative error [H] of each head of `out`, measured on sampled queries of all ranks.
 
-        `out` is the attention of this rank's tokens. All four arguments are [B, L, H, D]. The method `errors` later
-        returns the errors of all layers.
+        `out` is the float8 attention that was computed from `q`, `k` and `v` in the current layer. All four are
+        [B, L, H, D], and hold the tokens of this rank. The method `errors` later returns the errors of all layers.
         """
         assert self._forward is not None
         sequence = self._forward.ranks.sequence

@@ -1,4 +1,4 @@
-"""Holds in host memory the text embeddings that the next videos of a list need, and not those of the whole list."""
+"""Holds text embeddings in host memory: only those of the next videos, because a list may have thousands of texts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MOST = 32  # embeddings that are held, 8 MB each at most; the store has the othe
 class HeldTexts:
     """Holds the embeddings of up to MOST texts: first those that the next clips need, then those that were used last.
 
-    If an embedding could not be stored on disk, it is held as long as a later clip of the list needs it, even if more
-    than MOST embeddings are then held.
+    The next clips are those of the last call of `expect` that are not made yet. If an embedding could not be stored on
+    disk, it is held until no next clip needs it, even if more than MOST embeddings are then held.
     """
 
     def __init__(self, load: Callable[[list[str], int], Encoded]) -> None:
@@ -34,8 +34,8 @@ class HeldTexts:
     def expect(self, clips: Iterable[tuple[str, ...]]) -> set[str]:
         """Makes the embeddings of all texts of a list of clips, and returns the texts whose embeddings are not finite.
 
-        `clips` holds the texts of each clip, in the order in which the clips will be made. This list replaces the
-        list of an earlier call.
+        `clips` holds the texts of each clip, in the order in which the clips will be made. The clips of an earlier call
+        are forgotten.
         """
         self._clips, self._not_finite = list(clips), set()
         ahead = list(dict.fromkeys(chain(*self._clips)))
@@ -43,10 +43,11 @@ class HeldTexts:
         return self._not_finite
 
     def use(self, texts: tuple[str, ...]) -> dict[str, Tensor]:
-        """Returns {text: embedding [n, text_dim]} of one clip, without the embeddings that are not finite.
+        """Returns {text: embedding [n, text_dim]} for the texts of the clip that is made next.
 
-        This clip and all clips before it leave the list. If an embedding of this clip is not held, the embeddings that
-        the following clips need are loaded too, up to MOST.
+        Texts whose embeddings are not finite are left out. After this call, the clip counts as made, and so do all
+        clips before it in the list that `expect` got. If an embedding is not held, this method loads it, together with
+        embeddings that the following clips need, up to MOST.
         """
         with suppress(ValueError):  # a clip of another list
             del self._clips[: self._clips.index(texts) + 1]

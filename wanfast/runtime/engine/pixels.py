@@ -74,13 +74,14 @@ def _as_bytes(video: Tensor) -> Tensor:
 def arrived(
     pieces: Iterable[Tensor], geometry: Geometry, device: str, rows: Rows, on_frames: FramesFn
 ) -> Frames | None:
-    """Returns all frames on the leader's CPU, as uint8 [F, H, W, 3]; returns None on other ranks.
+    """Returns all frames of a video on the leader's CPU, as uint8 [F, H, W, 3]; returns None on other ranks.
 
-    `pieces` yields this rank's rows of the decoded video, [3, f, h, W] in [-1, 1]. The leader calls `on_frames` with
-    the frames of each piece, while the next piece is decoded.
-    Raises NotFiniteError if a piece contains NaN or an infinity, and passes on a WanFastError of `on_frames`. After
-    such an error, `on_frames` gets no more frames. The error is raised only after the last piece, because the other
-    ranks continue until then.
+    `pieces` yields this rank's rows of the decoded video, a few frames at a time: [3, f, h, W] in [-1, 1]. `rows` joins
+    the rows of all ranks on the leader. `geometry` gives the number of frames. The leader calls `on_frames` with the
+    frames of each piece, in order; at the same time, a GPU decodes the next piece.
+    Raises NotFiniteError if a piece contains NaN or an infinity. Also raises a WanFastError of `on_frames`. After the
+    first error, `on_frames` is not called again, but all pieces are still decoded, because other ranks need this rank's
+    rows. Then the error is raised.
     """
     on_gpu = device == "cuda"
     finite = torch.empty(geometry.frames, dtype=torch.bool, pin_memory=on_gpu)  # of the piece that a frame begins

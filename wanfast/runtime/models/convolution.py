@@ -48,11 +48,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: Triple = (1, 1,
 
 
 def padded_channels(channels: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Returns how many channels the input of a convolution should have in memory, if it needs `channels` channels.
+    """Returns how many channels to allocate for an input of `channels` channels, so that `convolve` is fast.
 
-    On a GPU with cuDNN's front end, the result is `channels` rounded up: the channels of one position then take a
-    multiple of 16 bytes. Without these additional channels, cuDNN's engines would copy the input. In all other cases,
-    the result is `channels`.
+    On a GPU with cuDNN's front end, `channels` is rounded up, so that the channels of one position take a multiple of
+    16 bytes; the additional channels must be zeros. Otherwise the result is `channels`.
     """
     if device.type != "cuda" or not HAS_FRONT_END:
         return channels

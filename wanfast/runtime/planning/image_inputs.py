@@ -46,7 +46,10 @@ def check_images(config: EffectiveConfig, spec: ModelSpec) -> None:
 
 
 def refuse_image_options(flags: Iterable[str], spec: ModelSpec) -> None:
-    """Raises ConfigError if the model takes no images, but `flags` names an option that needs an image."""
+    """Raises ConfigError if the model takes no images, and `flags` is not empty.
+
+    `flags`: the given options that only make sense with an image, such as "--image" and "--fit".
+    """
     if not spec.takes_images and (unusable := next(iter(flags), None)):
         raise ConfigError(f"{unusable}: {spec.name} makes videos from text alone: drop {unusable}, or use --model a14b")
 
@@ -65,8 +68,8 @@ def image_facts(path: str | None, option: str) -> ImageFacts:
     """Returns what a plan needs to know about an image; if `path` is None, all fields are empty.
 
     `option`: the option that gave `path`, such as "--image", for the message of an error. Raises ConfigError if the
-    image cannot be read or is refused. The result is cached while a list is planned, because the list may name one
-    image a thousand times.
+    image cannot be read, or if its size or aspect ratio is not allowed. If a list names one image many times, the image
+    is read once.
     """
     if path is None:
         return ImageFacts("", (0, 0), ())

@@ -79,7 +79,7 @@ class Levels:
         """Returns the expert of each step.
 
         If `switch_step` is given, the high-noise expert runs this number of steps, and the low-noise expert the rest.
-        Otherwise, the timestep of a step and `boundary` decide.
+        If not, the high-noise expert runs the steps whose timestep is at least 1000 * `boundary` (0 to 1).
         """
         if switch_step is None:
             return [expert_of(timestep, boundary) for timestep in self.timesteps]

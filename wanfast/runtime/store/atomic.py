@@ -81,11 +81,11 @@ def _restore(target: Path, old: Path) -> None:
 
 
 def partial_path(target: Path, pid: int | str | None = None) -> Path:
-    """Returns the hidden path beside `target` to which a process writes before the rename.
+    """Returns the hidden path to which a process writes, before it renames the file to `target`.
 
     `pid`: the id of the process that writes, by default the calling process; "*" gives a pattern for every process.
-    Both paths are in one folder, so that the rename is atomic.
     """
+    # In the folder of `target`, so that the rename is atomic.
     return target.with_name(f".{target.name}.{pid or os.getpid()}.part")
 
 
@@ -97,9 +97,8 @@ def _old_path(target: Path, pid: int | None = None) -> Path:
 def remove_partials(targets: Iterable[Path], pids: Iterable[int]) -> None:
     """Removes the hidden files that the killed processes `pids` left beside `targets`.
 
-    Targets whose names differ only in the suffix are published together, by one rename for each file. If a process was
-    killed between two of these renames, the finished renames are undone: a target gets its old file back, and a target
-    without an old file is removed.
+    Targets whose names differ only in the suffix form a set. If a process was killed while it renamed the files of a
+    set, the finished renames are undone: a target gets its old file back, or is removed if there was no old file.
     """
     sets: dict[Path, list[Path]] = {}
     for target in targets:

@@ -1,8 +1,9 @@
 """Finds the plans of attention that `wanfast calibrate-attention` stored: the density of each head, layer and band.
 
-A plan fits a run if the calibration had the same inputs as the run: those that `store.curves` lists, and --lists-every.
-`store.curves` also lists the inputs that may differ. If any other input differs, the run refuses the plan, and the
-error names the command that makes a plan for this run.
+A plan fits a run if the calibration had the same experts and LoRAs as the run, and the same options for the schedule,
+the size and the precision. --lists-every must be equal too. The VAE, the negative prompt, the attention kernel, the
+code and the device may differ. The docstring of `store.curves` has the complete lists. If no plan fits, the error names
+the command that makes one.
 This module does not import torch.
 """
 
@@ -37,10 +38,10 @@ PLAN = "plan.json"
 
 
 def plan_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
-    """Returns the inputs on which the errors of attention depend; a calibration measures these errors on clips.
+    """Returns all that decides how large the errors of sparse attention are, as JSON: weights, options, clips and code.
 
-    `set_digest`: the digest of the clips. Raises MissingArtifactError if weights are missing.
-    To compute a plan's key, the calibration adds two inputs: the target error, and whether heads may be in float8.
+    `set_digest`: the digest of the clips on which a calibration measures the errors. Raises MissingArtifactError if
+    weights are missing. The key of a plan also depends on the target error, and on whether heads may be in float8.
     """
     inputs = curve_inputs(config, files, set_digest)
     code = digest_of_code("attention_calib/*.py", "runtime/facts/densities.py", "runtime/facts/sparsity.py")
@@ -79,8 +80,8 @@ def densities_of(config: EffectiveConfig, files: ModelFiles) -> Densities | None
 def densities_of_any_run(config: EffectiveConfig, dit: DiTSpec) -> Densities | None:
     """Returns the densities of the plan whose key --attention-plan gives, or None without this option.
 
-    `wanfast warmup` uses this function: it reads no weights and has no --steps, so it cannot compare a plan with a run.
-    The plan may be for other weights, steps or sizes. Raises WanFastError.
+    The plan may be for other weights, steps or sizes. `wanfast warmup` uses this function, because a warmup reads no
+    weights and has no --steps, and so cannot check whether a plan fits. Raises WanFastError.
     """
     asked = config.models.attention_plan
     if asked is None:

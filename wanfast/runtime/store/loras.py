@@ -74,7 +74,7 @@ class Lora:
 
 
 def loras_of(models: ModelsConfig) -> tuple[Lora, ...]:
-    """Returns a config's LoRAs in the order in which they are merged; the config must hold their hashes already."""
+    """Returns the LoRAs of `models` in the order in which they are merged; `models.lora_sha256` must be complete."""
     return tuple(
         Lora(option, file, strength, sha256)
         for (option, file, strength), sha256 in zip(_given(models), models.lora_sha256, strict=True)
@@ -127,8 +127,8 @@ class LoraHeader:
     def of_expert(self, expert: Expert) -> list[str]:
         """Returns the keys of the tensors for one expert.
 
-        Keys that begin with "transformer_2." are for the low-noise expert, and all other keys are for the high-noise
-        expert. If no key begins so, all keys are for both experts.
+        If some keys begin with "transformer_2.", these keys are for the low-noise expert, and all other keys are for
+        the high-noise expert. Otherwise, all keys are for both experts.
         """
         second = [key for key in self.tensors if key.startswith(_SECOND)]
         if expert == "low_noise" and second:

@@ -1,12 +1,13 @@
 """This module loads and saves weights: safetensors files, or the two `.pth` files of the original layout.
 
 A module is built on the meta device, where its parameters have names, shapes and dtypes but no values. `load` fills the
-parameters one by one: it reads the values from the memory-mapped file, moves them to the device, and casts them. So
-a bf16 model is read from an fp32 file, and no second copy of the model is in memory.
+parameters one by one: it reads the values from the memory-mapped file, moves them to the device, and casts them to the
+parameter's dtype. Memory holds only one copy of the model, even if the file has another dtype than the module.
 The ranks of a rank group share the reading. If a parameter is sharded, each rank reads its own rows. If a large
 parameter is not sharded, each rank reads a part of it, and the ranks exchange the parts.
-A Reader knows how one file stores its tensors: as plain values, or as numbers that are multiplied by scales. If the
-numbers have the 8-bit dtype of the module's quantized layers, and no LoRA is merged, they are loaded unchanged.
+A Reader reads one file. Most files store plain values. Some files store numbers and scales, and a value is a number
+times its scale. If the numbers have the 8-bit dtype of the module's quantized layers, and no LoRA is merged, the
+numbers and the scales are loaded unchanged.
 Loading is strict: a tensor that is missing, unexpected or duplicate is an error. A tensor with a wrong shape, a wrong
 dtype or a value that is not finite is an error too. The error names the tensor and the file.
 """
@@ -45,7 +46,7 @@ _WORTH_SHARING = 1 << 20  # values: for fewer, an exchange costs more than readi
 
 
 def unmerged(name: str, rows: Tensor, span: tuple[int, int]) -> tuple[Tensor, Finite]:
-    """Returns (`rows`, {}); this MergeFn is the default, and merges nothing."""
+    """Returns (`rows`, {}): the default of `merge`, which merges no LoRA and so reads no other tensors."""
     return rows, {}
 
 
@@ -53,20 +54,24 @@ class Reader(Protocol):
     """This interface reads the tensors of one file."""
 
     def header(self) -> Mapping[str, tuple[list[int], str]]:
-        """Returns {key: (shape, dtype of the values)}; a dtype has the name that safetensors uses, such as "BF16"."""
+        """Returns {name of a tensor in the file: (shape, dtype)}; dtypes have safetensors' names, such as "BF16".
+
+        The dtype is "F32" for a tensor with scales, and for each tensor of a GGUF file.
+        """
         ...
 
     def rows(self, key: str, first: int, end: int) -> Tensor:
-        """Returns the rows first..end-1 along dim 0, on the CPU and without the scales; a scalar is returned whole.
+        """Returns the rows first..end-1 of tensor `key` along dim 0, on the CPU; a scalar is returned whole.
 
-        The dtype is the stored one, except for a GGUF file, whose rows are dequantized to float32.
+        The rows have the dtype of the file, and are not multiplied by their scales. Rows of a GGUF file are an
+        exception: they are dequantized to float32.
         """
         ...
 
     def scales(self, key: str, first: int, end: int) -> Tensor | None:
-        """Returns the float32 scales of the rows first..end-1, or None if these rows have no scale.
+        """Returns the float32 scales of the rows first..end-1 of tensor `key`, or None if the tensor has no scales.
 
-        There is either one scale for all rows, or one scale for each row.
+        The result is [1] if the tensor has one scale, and [end - first] if it has one scale for each row.
         """
         ...
 
@@ -75,7 +80,7 @@ ReaderFn = Callable[[Path], Reader]
 
 
 def plain_reader(file: Path) -> Reader:
-    """Returns the reader of a file that stores plain values; this ReaderFn is the default."""
+    """Returns a Reader of a `.pth` or `.safetensors` file that stores plain values."""
     return _PthReader(file) if file.suffix == ".pth" else SafetensorsReader(file)
 
 
@@ -94,10 +99,11 @@ def load(
     """Fills the parameters of `module` from `files`, and prepares `module` for inference.
 
     `module` is on the meta device. Each parameter keeps its dtype: the values from the files are cast. All `ranks` must
-    call this function together. The parameters go to `device`, by default the rank's device. With `on_the_fly`, the
-    files hold unquantized weights, and the weights of quantized layers are quantized while they are read. `merge`
-    changes values before they are cast or quantized. `reader` returns the Reader of a file.
-    Raises CorruptArtifactError.
+    call this function together. `network` and `layout` say how the files name the tensors. The parameters go to
+    `device`, by default the rank's device. With `on_the_fly`, the files hold unquantized weights, and the weights of
+    quantized layers are quantized while they are read. `merge` adds LoRAs to the values before they are cast or
+    quantized. `reader` returns the Reader of a file.
+    Raises CorruptArtifactError if the files do not fit `module`, are damaged, or hold a value that is not finite.
     """
     wanted = module.state_dict()
     quantizing = _schemes(module, wanted) if on_the_fly else {}
@@ -120,10 +126,10 @@ def refill(
     merge: MergeFn,
     reader: ReaderFn = plain_reader,
 ) -> None:
-    """Overwrites the weights of a loaded `module`, in place, with those that `load` would have loaded.
+    """Overwrites the weights of a loaded `module` in place: reads `files` as `load` does, with the same arguments.
 
-    `held`: the module's tensors by the names of its state dict, on `device`. After an error some tensors are new and
-    some are old. Raises CorruptArtifactError.
+    `held`: the module's tensors by the names of its state dict, on `device`.
+    Raises CorruptArtifactError. Then `module` must be loaded again, because only some of its tensors were overwritten.
     """
     quantizing = _schemes(module, held) if on_the_fly else {}
     source = _Source(files, network, layout, reader)
@@ -177,10 +183,10 @@ def stream(
     merge: MergeFn = unmerged,
     reader: ReaderFn = plain_reader,
 ) -> Iterator[tuple[str, TensorRows]]:
-    """Yields (name, rows) for each tensor of `module`, in the order of the files; `module` is on the meta device.
+    """Yields (name, a TensorRows that reads the tensor) for each tensor of `module`, file by file.
 
-    The call `rows(first, end)` reads the rows first..end-1 of the tensor. The iteration and this call may raise
-    CorruptArtifactError.
+    `module` is on the meta device; only its names, shapes and dtypes are used. Raises CorruptArtifactError if the files
+    do not fit `module`.
     """
     source = _Source(files, network, layout, reader)
     for tensor in _in_order_of_files(_match(_to_read(module.state_dict(), {}), source), source):
@@ -189,7 +195,7 @@ def stream(
 
 @dataclass(frozen=True)
 class TensorRows:
-    """This class reads rows of one tensor on the CPU, and applies `merge` to these rows."""
+    """This class reads rows of one tensor on the CPU: call it with (first, end). `merge` may add LoRAs to the rows."""
 
     tensor: _Tensor
     merge: MergeFn
@@ -197,7 +203,7 @@ class TensorRows:
     def __call__(self, first: int, end: int) -> Tensor:
         """Returns the rows first..end-1 along dim 0, in the dtype of the file or in float32.
 
-        Raises CorruptArtifactError, also for a value that is not finite.
+        Raises CorruptArtifactError if the file is damaged or a value is not finite.
         """
         read = _dequantized(self.tensor.rows(first, end), self.tensor.scales(first, end))
         merged, others = self.merge(self.tensor.name, read, (first, end))
@@ -205,9 +211,10 @@ class TensorRows:
         return merged
 
     def taken(self, first: int, end: int, scheme: Scheme) -> tuple[Tensor, Tensor] | None:
-        """Returns the stored (8-bit values, scales) of the rows first..end-1, or None if they cannot be used unchanged.
+        """Returns (8-bit values [n, K], float32 scales [n]) of the rows first..end-1, just as the file stores them.
 
-        The values can be used if they have the scheme's 8-bit dtype, and nothing is merged into the tensor.
+        Returns None if the file does not hold values in the 8-bit dtype of `scheme`, with scales. Also returns None if
+        `merge` may add LoRAs.
         """
         if self.merge is not unmerged:
             return None
@@ -283,9 +290,10 @@ class _Part:
     is_shared: bool  # every rank reads a part, and all hold the whole
 
     def whole(self, rows: Tensor, ranks: Ranks) -> Tensor:
-        """Returns this rank's parameter: the whole tensor, or a DTensor of `rows` if the parameter is sharded.
+        """Returns the parameter, made of `rows`, the rows that this rank read.
 
-        `rows`: the rows that this rank read. All ranks must call this method together.
+        If the parameter is sharded, the result is a DTensor that holds `rows` on this rank. Otherwise the result is
+        the whole tensor. All ranks must call this method together.
         """
         return ranks.gather_rows(rows) if self.is_shared else from_own_rows(rows, self.wanted)
 
