@@ -39,11 +39,12 @@ def draw_waterfall(report: dict[str, Any], file: Path) -> None:
 
 
 def draw_quality(report: dict[str, Any], file: Path) -> None:
-    """Draws a point for each row: the seconds of a video (x), and the PSNR against the first recipe (y).
+    """Draws a point for each recipe: the seconds of a video (x), and the PSNR against the first recipe (y).
 
-    If a row's videos are identical to those of the first recipe, the PSNR is infinite, and the point lies near the
-    upper edge. Dashed lines show how near the first recipe comes to its own videos: in a second run with the same
-    seed, and with another seed.
+    If a recipe's videos are identical to those of the first recipe, the PSNR is infinite, and the point lies near the
+    upper edge. Two dashed lines compare the first recipe with itself. One is the PSNR of a second run with the same
+    seed, and the other is the PSNR of a run with another seed. If a PSNR was not measured or is infinite, its line is
+    left out.
     """
     from matplotlib.figure import Figure
 

@@ -43,16 +43,17 @@ def calibrate_attention(
     target_error: Annotated[
         float,
         typer.Option(
-            help="Largest allowed relative error of a head's output. The error is a mean over the calls of attention "
-            "in one clip and one band of steps.",
+            help="Largest allowed relative error of a head's output, in each clip and each band of steps. The error is "
+            "the mean over all calls of attention in this clip and this band.",
             rich_help_panel=LOSSY,
         ),
     ] = TARGET_ERROR,
     fp8: Annotated[
         bool,
         typer.Option(
-            help="Also try float8 for each head. A head gets float8 if it meets --target-error in float8, but not at a "
-            "cheaper density. On a GPU, this command and every run with the plan then need FlashAttention-3.",
+            help="Also try float8 for each head. A head gets float8 if float8 meets --target-error, and no density "
+            f"under {FP8_SHARE} meets it. On a GPU, this command and every run with the plan then need "
+            "FlashAttention-3.",
             rich_help_panel=LOSSY,
         ),
     ] = False,
@@ -136,9 +137,9 @@ def calibrated(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a text that states the plan's folder and errors.
+    """Returns a text: the plan's folder, its mean density, and the mean and the largest error of its heads.
 
-    For each density that was tried, the text also states the mean error of a plan in which all heads have this density.
+    For each density that was tried, the text also states the mean error if all heads had this density.
     """
     how = "was made in an earlier run" if result["was_there"] else f"measured on {result['clips']} clips"
     heads = [density for layers in result["densities"] for of_layer in layers for density in of_layer]

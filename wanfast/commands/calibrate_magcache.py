@@ -66,7 +66,8 @@ def calibrate_magcache(
 def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list[Plan]:
     """Returns one plan for each clip. Raises WanFastError.
 
-    The plan's memory includes the residuals of two steps for each branch: this step's and the previous step's.
+    The plan's memory includes two residuals for each branch, because each step's residual is compared with the residual
+    of the previous step.
     """
     return plans_of(given, clips, files, requested=given, residuals_a_branch=2)
 

@@ -86,7 +86,7 @@ def _effective(wanted: dict[str, Any], files: ModelFiles) -> EffectiveConfig:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a line that states the folder of the compiled code, and the seconds of a block's forwards."""
+    """Returns a line of text: the folder of the compiled code, and the seconds of each forward of the block."""
     seconds = result["seconds"]
     shape = f"{result['width']}x{result['height']}, {result['frames']} frames, {result['attention']} attention"
     first, second = (f"{seconds[name]:.1f} s" for name in ("first", "second"))

@@ -69,7 +69,7 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
 
     * "steps": the steps at which the difference is too large.
     * "differs": whether there is such a step.
-    * "worst": the step at which the difference, divided by the spread, is largest; also its difference and its spread.
+    * "worst": {"step", "difference", "spread"} of the step with the largest quotient difference / spread.
 
     Returns None if the model has no preset, if the preset belongs to other timesteps than those of `config`, or if no
     step can be compared.

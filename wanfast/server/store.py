@@ -2,11 +2,11 @@
 
     queued -> in_progress -> completed | failed
 
-`claim` starts an attempt and names it. The worker must give this name with each later change of the running job. So an
-attempt that was cancelled or lost can no longer end the job, and a job ends exactly once. A cancelled job is a failed
-job with the error code `cancelled`. An attempt is lost if its process ended, or did not renew the lease within LEASE_S
-seconds. The job of a lost attempt is queued again. After MOST_ATTEMPTS attempts that were lost, or whose ranks failed,
-the job fails.
+`claim` starts an attempt and names it (`StoredJob.attempt`). The worker must give this name with each later change of
+the running job. So an attempt that was cancelled or lost can no longer end the job, and a job ends exactly once. A
+cancelled job is a failed job with the error code `cancelled`. An attempt is lost if its process ended, or did not renew
+the lease within LEASE_S seconds. The job of a lost attempt is queued again. After MOST_ATTEMPTS attempts that were
+lost, or whose ranks failed, the job fails.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class StoredJob:
 
 @dataclass(frozen=True)
 class Overview:
-    """This class holds the jobs of one owner that the server's page shows."""
+    """This class holds the jobs that the server's page shows to one owner."""
 
     unended: list[StoredJob]  # in the order in which they are made
     ended: list[StoredJob]  # the last that came is the first
@@ -252,21 +252,24 @@ class Store:
             return found.scalar_one_or_none()
 
     def is_held(self, job: StoredJob) -> bool:
-        """Returns whether the attempt still owns the job: the job was not cancelled, and the attempt is not lost."""
+        """Returns whether `job.attempt` still owns the job.
+
+        Returns False if the job has ended (also by `cancel`), or if `recover` or `requeue` has queued the job again.
+        """
         with self._reading() as connection:
             return connection.execute(select(JOBS.c.number).where(_held(job))).one_or_none() is not None
 
     def hold(self, job: StoredJob, stage: str, progress: int) -> bool:
-        """Renews the lease of an attempt, and records its stage and its progress in percent.
+        """Renews the lease of `job.attempt`, and records its stage and its progress in percent.
 
-        Returns False if the attempt no longer owns the job.
+        Returns False if `job.attempt` no longer owns the job.
         """
         return self._change(job, stage=stage, progress=progress, lease_until=self._lease())
 
     def complete(self, job: StoredJob, output: str, facts: Mapping[str, Any], keep_s: float) -> bool:
-        """Ends a job as completed; returns False if the attempt no longer owns the job.
+        """Ends a job as completed; returns False if `job.attempt` no longer owns the job.
 
-        The caller must have written the files of the attempt before this call.
+        The caller must have written the video's files before this call.
         `output`: the name of the attempt that made the files. `facts`: figures for the client, namely the seconds of
         each stage and the plan. `keep_s`: the seconds until the video expires.
         """
@@ -275,14 +278,14 @@ class Store:
         return self._change(job, status="completed", completed_at=now, claim=None, **ended)
 
     def fail(self, job: StoredJob, code: str, message: str) -> bool:
-        """Ends a job with an error; returns False if the attempt no longer owns the job."""
+        """Ends a job with an error; returns False if `job.attempt` no longer owns the job."""
         return self._change(job, **_failed(code, message))
 
     def requeue(self, job: StoredJob, *, counts: bool) -> bool:
-        """Puts a running job back to its old place in the queue; returns False if the attempt no longer owns the job.
+        """Puts a running job back to its old place in the queue; returns False if `job.attempt` no longer owns the job.
 
-        `counts`: whether this attempt counts towards MOST_ATTEMPTS. An attempt that the server itself stopped does not
-        count.
+        `counts`: whether this attempt counts towards MOST_ATTEMPTS. Pass False if the server itself stopped the
+        attempt.
         """
         return self._change(job, **_queued(), attempts=job.attempts if counts else job.attempts - 1)
 

@@ -1,4 +1,4 @@
-"""This module measures the seconds of named stages, and of each step of denoising, with a GPU's work included."""
+"""This module measures how many seconds each named stage and each step of denoising takes, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class StepTimes:
     """Measures the seconds of each step.
 
     Call the object with 0 before the first step, and with the number of finished steps after each step. The first
-    step's seconds include compilation. On a GPU, CUDA events measure the steps, so the calls do not wait for the GPU.
-    The only exception is the call after the first step.
+    step's seconds include compilation. On a GPU, only the call after the first step waits for the GPU; the other calls
+    record CUDA events.
     """
 
     def __init__(self, device: str) -> None:

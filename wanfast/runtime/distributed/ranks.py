@@ -67,14 +67,18 @@ class Ranks:
         return dataclasses.replace(self, mesh=Mesh(ulysses=self.size), groups={"ulysses": self.whole}, whole=None)
 
     def rows(self, latent_rows: int) -> Rows:
-        """Returns the `Rows` object that shares the VAE's frames among ranks; the latents have `latent_rows` rows."""
+        """Returns the `Rows` object that shares the VAE's frames among ranks.
+
+        `latent_rows`: the number of rows (Y) of the latents.
+        """
         return SplitRows.of(self.rank, self.size, latent_rows) if self.size > 1 else WHOLE_FRAME
 
     @property
     def guidance(self) -> BothBranches | CfgParallel:
         """Returns the object that computes the branches of guidance.
 
-        Either the same ranks compute both branches, or each half of the ranks computes one branch.
+        If the mesh's `cfg` is 2, each half of the ranks computes one branch. If it is 1, all ranks compute both
+        branches.
         """
         group = self.groups.get("cfg")
         return CfgParallel(group) if group else BothBranches()

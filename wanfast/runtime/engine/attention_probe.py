@@ -65,7 +65,7 @@ class Choice:
 
     @property
     def exact(self) -> Attention:
-        """Returns the kernel of the exact calls: `dense` if `kernel` is lossy, otherwise `kernel`."""
+        """Returns the kernel for calls that must be exact: `dense` if `kernel` is lossy, otherwise `kernel`."""
         return self.dense or self.kernel
 
 

@@ -107,9 +107,10 @@ def lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks
 def replace_loras(
     experts: Experts, old: ModelsConfig, files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
 ) -> None:
-    """Gives the loaded experts the LoRAs of `config`; `old` is the part of the config with which they were loaded.
+    """Replaces the LoRAs of the loaded experts with the LoRAs of `config`.
 
-    Only an expert whose LoRAs differ is read again. The seconds of reading are added to `loads`. Raises WanFastError.
+    `old`: the options with which the experts were loaded. An expert is read again only if its LoRAs in `old` differ
+    from its LoRAs in `config`. The seconds of reading are added to `loads`. Raises WanFastError.
     """
     merges = ranks.together(lambda: _merges(files, config.models))
     for expert in EXPERTS:

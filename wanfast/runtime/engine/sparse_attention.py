@@ -57,11 +57,11 @@ class SparseAttention(LossyAttention):
         self._is_compiled = False
 
     def measure(self, ladder: Sequence[int], *, fp8: bool) -> None:
-        """Makes all later videos dense, and measures the errors that sparse attention and float8 would have in them.
+        """Makes all later videos dense, and measures the errors that lossy attention would have had instead.
 
-        `ladder` holds the lengths of lists that are tried, in blocks. If `fp8` is true, float8 is tried too. `errors`
-        then returns a list for each head: the error of each length, and at the end the error of float8. Each later
-        video needs a plan with the option `attention_check`.
+        `ladder`: the lengths of lists to try, in blocks. `fp8`: whether to try float8 too. Each later video needs a
+        plan with the option `attention_check`. After a video, the method `errors` returns a list of errors for each
+        head: one for each length of `ladder`, then one for float8 if it was tried.
         """
         self._ladder, self._measures_fp8 = ladder, fp8
 
@@ -80,10 +80,10 @@ class SparseAttention(LossyAttention):
         return brick_order(plan.geometry.token_grid, BRICK, self._ranks.device, has_last=has_last)
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
-        """Tells this object which forward runs next, and frees the lists of blocks that are too old for it.
+        """Tells this object which forward runs next, and frees the lists of blocks that this forward may not use.
 
-        A list stays for `Sparsity.lists_every` steps. It is freed earlier if the expert, the branches of the step or
-        the band of the step changes.
+        The arguments are those of `LossyAttention.begin`. A list may be used in `Sparsity.lists_every` successive
+        steps, as long as these steps have the same expert, the same branches of guidance and the same band.
         """
         assert self._sparsity is not None, "no video was started"
         super().begin(step, expert, branches, branch, ranks)
@@ -124,7 +124,7 @@ class SparseAttention(LossyAttention):
         return self._orders[heads]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns the attention [B, L, H, D] of this rank's heads in the layer that runs."""
+        """Returns the attention [B, L, h, D] of this rank's heads in the current layer, which `enter` has set."""
         sparsity, forward, layer = self._sparsity, self._forward, self._layer
         assert sparsity is not None
         if forward is None or (listed := sparsity.listed(forward.step, layer)) is None:

@@ -1,14 +1,12 @@
 """Each function here fuses the elementwise steps and norms that lie between matrix products and attention.
 
-Each function is one pass over its input. A pass computes in float32, whatever the dtypes of its inputs and outputs. The
-fused steps are memory-bound. Most of their bytes belong to the residual stream: [L, d] in float32, 1.5 GB at 75,600
-tokens. Each function has a formula in plain PyTorch and a Triton kernel in `fused_kernels`. The kernel reads and writes
-each value once. (Inductor's code for the formula computes the residual stream again for each consumer, and reads each
-RoPE pair twice.) The kernels run for inference on a GPU. In all other cases the formulas run. The tests compare kernels
-with formulas. `linear_gelu` has a kernel of cuBLAS instead of a Triton kernel.
+Each function has a formula in plain PyTorch and a Triton kernel in `fused_kernels`. The kernel runs for inference on a
+GPU; the formula runs in all other cases. Both compute in float32, whatever the dtypes of the inputs and outputs. The
+kernel reads and writes each value once, because these steps are memory-bound. `linear_gelu` has a cuBLAS kernel instead
+of a Triton kernel.
 
-If the next matrix product multiplies 8-bit values, the pass also quantizes each token with a scale of its own. Such a
-pass writes half as many bytes as in bf16, and rounds only once, from float32.
+If the next matrix product multiplies 8-bit values, the function also quantizes its result. Each token gets a scale of
+its own.
 
 Shapes: B batch, L tokens, d model dim, H heads, D head dim. Weights, biases and gates are [d] or [B, 1, d], float32.
 """
@@ -26,6 +24,8 @@ from wanfast.runtime.models.operators import opaque
 from wanfast.runtime.models.rope import RotaryTables, apply_rotary
 from wanfast.runtime.models.tokens import FP8, LARGEST, QuantizedTokens, Tokens
 
+# Most bytes belong to the residual stream: [L, d] in float32, 1.5 GB at 75,600 tokens. Inductor's code for the formulas
+# computes the residual stream again for each consumer, and reads each RoPE pair twice.
 if HAS_KERNELS:
     from wanfast.runtime.models import fused_kernels
 
@@ -98,12 +98,14 @@ def heads_to_fp8(
     hadamard: bool = False,
     parts: int = 1,
 ) -> Tensor:
-    """Returns each head of x, divided by the head's scale, in float8 (e4m3); the heads form `parts` equal groups.
+    """Returns each head of x, divided by the head's scale, in float8 (e4m3): [parts, B, L, H / parts, D].
 
-    Up to four steps come before this division, each only if its argument asks for it: RMS norm over all heads together,
-    with the weight and epsilon of `norm`; rotation by `rope`; multiplication by a Hadamard matrix (`hadamard`);
-    subtraction of `centre_HD`.
-    The result is [parts, B, L, H / parts, D]. The kernel reads x once and writes only float8.
+    The heads are divided into `parts` equal groups. Each of four arguments adds a step before the division, in this
+    order:
+    * `norm` (weight, epsilon): RMS norm over all heads together;
+    * `rope`: rotation by these tables;
+    * `hadamard`: multiplication by a Hadamard matrix;
+    * `centre_HD`: subtraction of this tensor.
     """
     if _by_kernel(x_BLd):
         weight, eps = norm or (None, 0.0)

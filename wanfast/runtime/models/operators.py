@@ -17,7 +17,7 @@ def opaque(name: str, shape: Callable[..., Tensor | None], *, mutates: tuple[str
 
     `shape` takes the function's arguments, and returns an empty tensor with the shape and dtype of the function's
     output. If the function has no output, `shape` returns None. `mutates` names the arguments into which the function
-    writes. Uncompiled code calls the function directly, because the first call of an operator imports the compiler.
+    writes.
     """
 
     def decorate(function: Fn) -> Fn:
@@ -26,6 +26,7 @@ def opaque(name: str, shape: Callable[..., Tensor | None], *, mutates: tuple[str
 
         @wraps(function)
         def call(*given: Any, **named: Any) -> Tensor | None:
+            # Uncompiled code does not call the operator, because the operator's first call imports the compiler.
             return operator(*given, **named) if torch.compiler.is_compiling() else function(*given, **named)
 
         return cast("Fn", call)

@@ -46,10 +46,7 @@ class Rows(Protocol):
 
     @property
     def halo(self) -> int:
-        """Returns how many rows of another rank a convolution needs on each side of a rank's own rows.
-
-        The number is 1 (one row above and one row below), or 0 if one rank has all rows.
-        """
+        """Returns how many rows of each neighbouring rank a convolution reads: 1, or 0 if one rank has all rows."""
         ...
 
     @property
@@ -87,11 +84,12 @@ class Rows(Protocol):
         ...
 
     def missed(self, device: str) -> Rows | None:
-        """Returns a `Rows` for this rank if it ran out of memory; returns None if no other rank waits for this rank.
+        """Returns the `Rows` with which this rank repeats its work after it ran out of memory.
 
-        The other ranks still wait for this rank's rows. So this rank does its work again with the returned object, but
-        on the meta device, where nothing is computed. The returned object leaves out the exchanges that this rank has
-        done already. In each later exchange, the returned object sends zeros that lie on `device`.
+        The other ranks wait for this rank's rows. So this rank repeats its work on the meta device, where nothing is
+        computed. The returned object skips the exchanges that were done before the rank ran out of memory. In each
+        later exchange, the returned object sends zeros that lie on `device`.
+        Returns None if this rank has all rows, because then no other rank waits.
         """
         ...
 
@@ -266,11 +264,11 @@ class Encoder(nn.Module):
         return moments
 
     def settles(self, still_from: int, frames: int) -> list[int]:
-        """Returns, for each layer before the middle blocks, the first chunk for which the layer need not run.
+        """Returns one chunk number for each layer before the middle blocks: from this chunk on, the layer need not run.
 
-        For this chunk and all later chunks, the layer's output is equal to its output for the chunk before. Chunks
-        count from 0. `still_from`: all frames of the clip from this index on are equal. `frames`: the number of frames
-        in each chunk after the first.
+        A layer need not run for a chunk if its output would be the same as for the previous chunk. Chunks count from 0.
+        `still_from`: the index of the first of the equal frames, which reach to the end of the clip. `frames`: the
+        number of frames in each chunk after the first.
         """
         # A convolution over time also reads the two frames before each frame. So in its output, the equal frames begin
         # two frames later. A layer that halves the number of frames halves the index at which the equal frames begin.
@@ -294,16 +292,16 @@ class _Repeats:
         self._kept: Tensor | None = None
 
     def start(self, x: Tensor) -> tuple[Tensor, int]:
-        """Begins the next chunk, with the encoder's input x; returns (x, 0) if all layers must run.
+        """Begins the next chunk; returns (the input of the first layer to run, the number of layers that are skipped).
 
-        Otherwise the first layers need not run, because their output is equal to that for the chunk before. Then
-        returns (the held output of these layers, the number of these layers).
+        `x`: the encoder's input for this chunk. If no layer is skipped, returns (x, 0). Otherwise the skipped layers
+        are the first ones, and the first value is their output for an earlier chunk, which `keep` stored.
         """
         self._chunk += 1
         return (x, 0) if self._kept is None else (self._kept, self._layers(self._chunk))
 
     def keep(self, x: Tensor, layers: int) -> None:
-        """Takes x, the output of the first `layers` layers; holds x if the next chunk can start behind these layers."""
+        """Stores x, the output of the first `layers` layers, if the next chunk skips exactly these layers."""
         if layers == self._layers(self._chunk + 1):
             self._kept = x
 
@@ -472,16 +470,16 @@ class CausalConv3d(Conv3d):
     ) -> Tensor:
         """Convolves x, or SiLU(norm(x)) if `norm` is given, together with two earlier frames.
 
-        The two earlier frames are this convolution's entry in `past`. Then the last two frames of the convolution's
-        input replace this entry.
+        The two earlier frames are this convolution's entry in `past`. The call replaces this entry with the last two
+        frames of the convolution's input.
         """
         return self.convolved(self.extended(x, past, rows, norm), rows)
 
     def extended(self, x: Tensor, past: PastQueue, rows: Rows, norm: RMSNorm | None = None) -> Tensor:
         """Returns the convolution's input: x, extended by two earlier frames and by rows of other ranks.
 
-        If `norm` is given, SiLU(norm(x)) takes the place of x. The two earlier frames come from this convolution's
-        entry in `past`. Then the last two frames of the returned input replace this entry.
+        If `norm` is given, SiLU(norm(x)) takes the place of x. The two earlier frames are this convolution's entry in
+        `past`. The call replaces this entry with the last two frames of the returned input.
         """
         if torch.is_grad_enabled():
             return self._joined(x if norm is None else norm(x, silu=True), past)

@@ -43,7 +43,7 @@ def num_gpus_of(asked_for: int | Literal["auto"], device: Device, *, asked: bool
     found = len(gpus.visible_gpus())
     if asked_for == "auto":
         if not found:
-            raise ConfigError("--num-gpus auto: no GPU is visible here: give a number")
+            raise ConfigError("--num-gpus auto: no GPU is visible here: give the number of GPUs to plan for")
         return found
     if 0 < found < asked_for:
         raise ConfigError(f"--num-gpus {asked_for}: the number of GPUs here is {found}: use --num-gpus {found} or auto")

@@ -1,4 +1,4 @@
-"""Names the stages of a job, computes which share of a video is done, and defines the types of the callbacks.
+"""Names the stages of a job, computes which share of a video is done, and types the callbacks that report progress.
 
 This module does not import torch.
 """
@@ -39,6 +39,9 @@ def steps_left(stage: str, done: int, total: int) -> int:
 
 
 def clip_of(stage: str) -> tuple[int, int]:
-    """Reads (which clip, counted from 1; number of clips) from a stage's name; (1, 1) if the name mentions no clip."""
+    """Returns the clip that a stage's name mentions, and the number of clips: (2, 3) for "clip 2 of 3, decode".
+
+    Clips are counted from 1. Returns (1, 1) if the name mentions no clip.
+    """
     found = _CLIP.match(stage)
     return (int(found[1]), int(found[2])) if found else (1, 1)

@@ -54,8 +54,8 @@ def read_spec(root: Path, places: Places, published: ModelSpec = A14B) -> ModelS
     """Returns a model's facts, which wanfast.json in the model's folder `root` holds.
 
     Without wanfast.json, the config files at `places` give most sizes, and model_index.json gives the noise boundary.
-    All other facts are copied from a published model: from `A14B` if the transformer's config file describes a model
-    that takes images, else from `T2V_A14B`. If there is no such config file, they are copied from `published`.
+    All other facts are copied from a published model. If the transformer has no config file, that model is `published`.
+    Otherwise it is `A14B` if the transformer takes images, and `T2V_A14B` if it does not.
     Raises CorruptArtifactError, which names the file and the key.
     """
     if document := _read_facts(root / _FACTS_FILE):

@@ -115,7 +115,8 @@ class ModelFiles:
     def identify(self) -> None:
         """Hashes the model's files that are not hashed yet.
 
-        The parent calls this method before the ranks start, so that the user sees a note and no rank has to wait.
+        The parent calls this method before the ranks start, so that no rank has to wait. If large files are hashed, a
+        note tells the user how long this may take.
         """
         assert self.fingerprints
 
@@ -138,7 +139,7 @@ class ModelFiles:
 
 
 class Models(NamesExperts, Protocol):
-    """This interface stands for any config that names a model."""
+    """This interface is for a config that names a model, an artifacts folder and, optionally, files of experts."""
 
     @property
     def model(self) -> str: ...

@@ -36,7 +36,7 @@ def lock_of(path: Path, timeout: float = -1) -> FileLock:
     """Returns the lock of the lock file `path`.
 
     Every user who may write to the folder of `path` can take the lock.
-    `timeout`: the seconds for which a caller waits for the lock; -1 means without limit.
+    `timeout`: how many seconds `acquire` waits for the lock before it raises filelock.Timeout; -1 means no limit.
     """
     return FileLock(path, timeout=timeout, mode=stat.S_IMODE(path.parent.stat().st_mode) & _FILE | 0o600)
 
@@ -73,7 +73,10 @@ def who_can_write(paths: list[Path]) -> str | None:
 
 
 def remove(path: Path) -> None:
-    """Renames a file or folder, so that readers no longer find it, and then deletes as much of it as possible."""
+    """Renames a file or folder, so that readers no longer find it, and then deletes it.
+
+    What cannot be deleted stays under the new name, and no error is raised.
+    """
     aside = path.with_name(f"{path.name}.{os.getpid()}.damaged")
     path.rename(aside)
     with suppress(OSError):

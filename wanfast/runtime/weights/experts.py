@@ -63,10 +63,9 @@ class Experts(Protocol):
 class ResidentExperts:
     """Holds both experts on the device, and evicts weights to pinned host memory when the VAE needs device memory.
 
-    The copies in host memory are kept until the weights are overwritten, so that weights are copied only at their first
-    eviction.
-    `may_move`: False disables eviction. It must be False if several ranks replay captured graphs that contain
-    collectives.
+    Only the first eviction of a weight copies the weight to host memory. Later evictions use the same copy, until the
+    weight gets new values.
+    `may_move`: False disables eviction. Pass False if several ranks replay captured graphs that contain collectives.
     """
 
     def __init__(self, experts: dict[Expert, WanDiT], device: str, *, may_move: bool = True) -> None:
@@ -138,8 +137,8 @@ class ResidentExperts:
 class OffloadedExperts:
     """Holds the weights of both experts in host memory; the running expert's weights are also on the device.
 
-    `hosted`: both experts, with weights on the CPU. They have the same shapes, so one module runs both of them: the
-    first expert's module, whose weights on the device are overwritten when the expert changes.
+    `hosted`: both experts, with weights on the CPU. Their weights have the same shapes, so both experts run in one
+    module. When the expert changes, the module's weights on the device are overwritten.
     """
 
     def __init__(self, hosted: dict[Expert, WanDiT], device: str) -> None:
