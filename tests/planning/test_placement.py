@@ -182,7 +182,7 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
             1,
             84,
             GRAPHS,
-            "a rank would hold 94.8 GB, including 12.3 GB for CUDA graphs, but only 84.0 GB are free: use max-autotu",
+            "a rank would hold 94.8 GB, including 12.3 GB for CUDA graphs, but only 84.0 GB are free: use --comp",
         ),
         (1, 141, [*GRAPHS, "--expert-offload", "on"], "max-autotune needs weights that do not move"),
         (8, 141, [*GRAPHS, "--num-gpus", "8", "--dit-fsdp", "on"], "max-autotune needs weights that do not move"),

@@ -80,7 +80,7 @@ def test_of_several_machines_only_the_first_one_runs_the_program(
         ("import os; os.write(1, bytes([1]))", "printed nothing"),
         ("print('a\\nb')", "printed 2 lines: print only the new prompt, on one line"),
         ("print('a' * 5001)", "printed 5001 characters: print at most 5000"),
-        ("import os; os.write(1, bytes([255]))", "printed text that is not UTF-8"),
+        ("import os; os.write(1, bytes([255]))", "its output is not UTF-8: print the new prompt as UTF-8"),
         ("import sys; sys.exit('one\\n\\ntwo')", "ended with code 1 (two): correct the program, or drop --ext"),
         ("raise SystemExit(3)", "ended with code 3 (nothing on stderr): correct the program"),
         ("while True: print('a' * 9999)", "its output does not stop: print only the new prompt, on one line"),
@@ -128,7 +128,7 @@ def test_a_command_with_a_nul_is_one_line(wanfast: Wanfast, workdir: Path) -> No
     [
         ("", "--extend-prompt : has an empty value: give a program and its arguments"),
         ("a 'b", "--extend-prompt a 'b: has a quote that is not closed: write the command as for a shell"),
-        ("./none x", "--extend-prompt ./none: cannot be started (No such file or directory): give a program that"),
+        ("./none x", "--extend-prompt ./none: cannot be started (No such file or directory): give the path of a"),
     ],
 )
 def test_a_command_that_cannot_run_is_one_line(wanfast: Wanfast, command: str, words: str) -> None:

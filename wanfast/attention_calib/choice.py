@@ -34,11 +34,13 @@ def chosen(measured: list[dict[str, Any]], target: float, *, fp8: bool) -> dict[
     at most `target` in every clip. If there is no such choice, the head stays dense, and its error counts as 0.
     `measured` holds the results of `calibrate.measure`, one for each clip. Returns a JSON document:
 
-    * "densities" [band][layer][head]: what each head gets: a density, "fp8", or null for a dense head.
+    * "densities" [band][layer][head]: the head's choice: a density, "fp8", or None for a dense head.
     * "target_error": `target`.
-    * "mean_error" and "largest_error": of what the heads get, over all heads and clips.
-    * "errors" [band][layer][head][choice]: the largest error of each choice over the clips, the cheapest choice first.
-    * "ladder": the mean error of each choice over all heads and clips.
+    * "mean_error" and "largest_error": the mean and the largest error over all heads and clips, each head with its
+      own choice.
+    * "errors" [band][layer][head][choice]: the error of each possible choice in its worst clip. The choices stand in
+      the order of "ladder".
+    * "ladder": the possible choices, the cheapest first, each with its mean error over all heads and clips.
     """
     choices = [choice for choice in CHOICES if choice is not None and (fp8 or choice != "fp8")]
     columns = [(*LADDER, "fp8").index(choice) for choice in choices]  # as a clip's errors have them

@@ -1,8 +1,7 @@
 """Compares each recipe's videos with those of the first recipe, and judges whether each video follows its prompt.
 
-A recipe's PSNR is computed from the mean squared error over all clips. (A mean of the clips' PSNRs would be infinite
-even if the videos of just one clip were equal.) If all videos of a recipe are equal bit for bit to those of the first
-recipe, the recipe's PSNR is None, and `identical` is true.
+A recipe's PSNR is computed from the mean squared error over all clips. If all videos of a recipe are equal bit for bit
+to those of the first recipe, the recipe's quality has "psnr": None and "identical": True.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def _averaged(of_clips: list[Quality]) -> Quality:
     judged = [quality["is_right"] for quality in of_clips if quality["is_right"] is not None]
     means = {name: fmean(quality[name] for quality in of_clips) for name in ("ssim", "ms_ssim", "flicker", "motion")}
     return {
-        "psnr": _decibels(error),
+        "psnr": _decibels(error),  # a mean of the clips' PSNRs would be infinite if one clip had no error
         "psnr_by_clip": [_decibels(of_clip) for of_clip in errors],
         "identical": error == 0,
         **{name: round(mean, 4) for name, mean in means.items()},

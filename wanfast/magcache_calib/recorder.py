@@ -44,7 +44,7 @@ class Recorder:
         return branch in self._branches
 
     def keep(self, step: int, branch: Branch, residual: Tensor) -> None:
-        """Compares a residual with the residual of the step before, and sums the measurements over this rank's tokens.
+        """Measures how the residual of a branch has changed since the step before; the first residual is only stored.
 
         `residual`: [1, L, d], L this rank's tokens, d model dim.
         """
@@ -58,10 +58,10 @@ class Recorder:
         self._sums[step, branch] = torch.stack((ratio.sum(), ratio.square().sum(), distance.sum()))
 
     def measured(self, num_steps: int) -> list[dict[Branch, dict[str, float] | None]]:
-        """Returns the mean ratio, the spread and the mean cosine distance for each step and branch.
+        """Returns for each step {branch: measurements}, computed over the tokens of all ranks.
 
-        These values are computed over the tokens of all ranks. If a branch was not measured at a step, its value at
-        this step is None.
+        The measurements are {"ratio": the mean ratio, "spread": its standard deviation, "cosine_distance": the mean
+        distance}, or None if the branch was not measured at this step.
         All ranks must call this method together, because it gathers the sums of all ranks. Raises NotFiniteError on all
         ranks if a number is not finite, for example because a residual is zero.
         """

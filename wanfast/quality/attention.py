@@ -4,15 +4,16 @@ For each held-out pair of image and prompt, one video is made with dense attenti
 attention. All videos of a pair have the same seed. Sparse attention has three kinds, at several densities:
 
 * "uniform": all heads have the given density, in all calls of self-attention.
-* "calibrated": the plan comes from the clips that ship for `wanfast calibrate-attention`. It computes at most as many
-  blocks as "uniform", with the smallest target error that allows this.
+* "calibrated": each head has its own density, from a calibration on the clips that ship for
+  `wanfast calibrate-attention`. The target error of the calibration is as small as possible, but large enough
+  that no more blocks are computed than by "uniform".
 * "uniform, guarded": as "uniform", but the first steps and the first layers stay dense.
 
 Float8 has two kinds. "fp8" subtracts v's mean before quantization, and "fp8 with v's mean" does not.
 Each video is compared with the video of dense attention (PSNR, SSIM). In each lossy call, the outputs of some queries
 are compared with exact outputs (the sampled error). The tracker classifies the motion of each video. The command writes
-JSON and plots quality over density. For each kind of attention, the JSON also says whether a recipe may use this
-attention; see `gate`.
+JSON and plots quality over density. For each kind of attention, the JSON also says whether a recipe may use it. The
+module `quality.gate` has the rule.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def ways(judge: Judge, measured: Sequence[dict[str, Any]]) -> list[AttentionWay]
 def of_equal_cost(uniform: AttentionWay, judge: Judge, measured: Sequence[dict[str, Any]]) -> AttentionWay:
     """Returns calibrated sparse attention that computes at most as many blocks as the sparse attention `uniform`.
 
-    Of all plans that meet this limit, the plan with the smallest target error is chosen. `measured` holds the results
-    of `measure`, one for each clip of the calibration.
+    The target error of its calibration is the smallest one that keeps this limit. `measured` holds the results of
+    `measure`, one for each clip of the calibration.
     """
     plan = uniform.plan(judge, 0)
     assert plan.sparsity is not None
@@ -137,7 +138,11 @@ def _pipeline(judge: Judge, attention: Attention) -> VideoPipeline:
 
 @torch.inference_mode()
 def judged(judge: Judge, task: tuple[int, list[AttentionWay]]) -> list[dict[str, Any]]:
-    """Makes one video from a held-out scene for each way to compute attention, and returns each video's metrics."""
+    """Makes the video of a held-out scene once with each kind of attention, and returns the metrics of each video.
+
+    `task`: (the index of the scene, the kinds of attention). The first kind must be dense, because all videos are
+    compared with the first video.
+    """
     index, all_ways = task
     scene, truth = judge.held_out(index)
     reference, rows = None, []

@@ -79,13 +79,17 @@ class Served:
     def total_frames(self) -> int:
         """Returns the number of frames of the longest video that the server makes.
 
-        A request may ask for `joined_frames`. A request without a length gets `frames`, which may be more.
+        This is the larger of two lengths: `joined_frames`, which a request may ask for, and `frames`, which a request
+        without a length gets.
         """
         return max(self.frames, self.joined_frames)
 
     @property
     def fit(self) -> dict[str, str]:
-        """Returns {"fit": "crop"}, which gives a video exactly the requested size; {} if the model takes no images."""
+        """Returns the option {"fit": "crop"} if the model takes images, else {}.
+
+        The option crops the image, so that the video has exactly the requested size.
+        """
         return {"fit": "crop"} if self.spec.takes_images else {}
 
     @classmethod
@@ -119,9 +123,10 @@ class Checks:
         return self._served.spec.takes_images
 
     def job(self, asked: Asked, owner: str, idempotency_key: str | None) -> NewJob:
-        """Returns the job of a request. Raises ApiError if a field is wrong.
+        """Converts a request to a job that can be queued. Raises ApiError if a field is wrong.
 
-        This method does not decode the image; `plan` does.
+        `owner`: the client. `idempotency_key`: the request's header of this name, or None. This method does not decode
+        the request's image; `plan` does.
         """
         fields, served = asked.fields, self._served
         if fields.model not in (None, served.model, served.spec.name):
@@ -159,7 +164,7 @@ class Checks:
     def plan(self, new: NewJob, image: bytes) -> None:
         """Plans the video of a job, so that a wrong option or image is refused before the job is queued.
 
-        Raises ApiError.
+        `image`: the content of the image file, empty for a model that takes no images. Raises ApiError.
         """
         with self._decoding, tempfile.TemporaryFile() as file:  # nothing is left, however this process ends
             file.write(image)
@@ -174,7 +179,11 @@ class Checks:
                 raise ApiError(503, without_paths(str(error), _UNPLANNED), code="unavailable") from error
 
     def offer(self) -> dict[str, Any]:
-        """Returns limits, the recipes that a request may name, and the defaults of fields that a request leaves out."""
+        """Returns what a client may ask for, as JSON.
+
+        This is the default of each field, the possible recipes, whether a request must have an image, and the longest
+        video in seconds.
+        """
         served = self._served
         chosen = EffectiveConfig.of({**NO_VIDEO, **served.planner.asked, **served.defaults}, served.spec).video
         width, height = served.size

@@ -30,8 +30,8 @@ class Limits:
     """This ASGI middleware refuses bodies that are too large and, with `only_loopback`, requests from other sites.
 
     `most_bytes`: the largest body. The middleware counts the bytes of a body, and does not rely on the headers.
-    `only_loopback`: refuses a request if its Host is not a loopback address, or if its Origin is not its Host. This
-    must be true for a server without keys. Otherwise, a web page of another site could use the server from the user's
+    `only_loopback`: whether to refuse a request whose Host is not a loopback address, or whose Origin is another host.
+    Pass True for a server without keys. Otherwise, a web page of another site could use the server from the user's
     browser. The middleware adds `HEADERS` to every answer.
     """
 

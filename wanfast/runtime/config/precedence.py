@@ -59,16 +59,16 @@ def without_overridden(options: Options, nearer: Options) -> dict[str, Any]:
 def repeated(ran: Options, asked: Options, typed: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the options of a new run that repeats an earlier run, but with the `typed` options.
 
-    `ran`: the value of each option in the earlier run, given or derived. `asked`: only the options that were given for
-    the earlier run. The result is two mappings from options to values:
+    `ran`: all options of the earlier run. `asked`: those of them that the user gave; the others were derived. Returns
+    two mappings from options to values:
 
-    * the options that the new run takes from the earlier run;
-    * the options of `asked` that the new run still has.
+    * what the new run takes from `ran`;
+    * what the new run takes from `asked`.
 
-    Neither mapping has an overridden option. A typed option overrides the same option, and every option that
-    contradicts it. A typed recipe also overrides all options of the earlier recipe, and all lossy options.
-    If a value in `ran` was derived from a typed or overridden option, the first mapping leaves this value out, so that
-    it is derived again. But if `asked` has the option, the first mapping holds the value in `asked`.
+    Both leave out each overridden option. A typed option overrides the same option, and every option that contradicts
+    it. A typed recipe also overrides all options of the earlier recipe, and all lossy options.
+    The first mapping also leaves out each value that was derived from a typed or overridden option: the new run derives
+    it again. But if the user gave this option for the earlier run, the mapping keeps the given value.
     """
     ranks = {name: ran[name] for name in ("num_gpus",) if name in ran}
     nearer = {

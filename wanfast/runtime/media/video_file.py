@@ -64,9 +64,9 @@ def _check_file(target: Path, subject: str, *, overwrite: bool) -> None:
 class Mp4Writer:
     """Encodes frames as an mp4 in a separate thread, while the next frames are made.
 
-    Use this class in a `with` block, and give `add` the frames [H, W, 3], with even H and W. The file is complete when
-    the block ends. The frames must not change before then. `add` and the end of the block raise OSError if the encoding
-    fails. After an error, the caller must remove the file.
+    Use this class in a `with` block, and give `add` the frames [H, W, 3], with even H and W. Do not change the frames
+    before the block ends. The file is complete after the block. If the encoding fails, `add` or the end of the block
+    raises OSError, and the caller must remove the file.
 
     The video is H.264: yuv420p, BT.709 in limited range, with the constant rate factor (CRF) `crf`. Players can start
     before they have the whole file. The same frames give the same bytes, whether they are added at once or a few at a
@@ -99,8 +99,8 @@ class Mp4Writer:
     def add(self, frames: Iterable[npt.NDArray[np.uint8]]) -> None:
         """Queues the next frames for encoding and returns at once.
 
-        If `frames` is an iterator, the encoder's thread runs it. If the encoding of earlier frames failed, raises
-        OSError. If an iterator of earlier frames raised an exception, raises this exception again.
+        If `frames` is an iterator, the encoder's thread runs it. An error in this thread is raised by this or a later
+        call of `add`, or at the end of the `with` block: OSError if the encoding failed, or the iterator's exception.
         """
         self._encoding.append(self._thread.submit(self._encode, frames))
         self._raise_failures(future for future in self._encoding if future.done())

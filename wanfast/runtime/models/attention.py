@@ -78,7 +78,7 @@ class Projections(Protocol):
     """This interface computes the queries q, the keys k and the values v of this rank's tokens.
 
     `all` computes q, k and v together. `by_heads` computes either q or k, with the heads divided into groups. `values`
-    computes v for one group of heads.
+    computes v for one group of heads. A group has successive heads of the model, or of a `HeadOrder` if there is one.
     """
 
     def all(self) -> list[Tensor]:
@@ -88,8 +88,7 @@ class Projections(Protocol):
     def by_heads(self, name: str, parts: int) -> Tensor:
         """Returns q if `name` is "q", or k if `name` is "k", with the heads divided into `parts` equal groups.
 
-        The result [parts, B, L, H / parts, D] is contiguous. Each group has successive heads, either in the model's
-        order or in the order of a `HeadOrder`.
+        The result [parts, B, L, H / parts, D] is contiguous.
         """
         ...
 
@@ -104,8 +103,8 @@ class Projections(Protocol):
 class Fp8Projections(Protocol):
     """This interface computes queries, keys and values of this rank's tokens in float8; `attention_fp8` explains how.
 
-    The queries come from the method `queries` alone. For the keys and values, first call `statistics` on every rank.
-    Then give the statistics of all ranks to `scaling`, and the result to `keys_and_values`.
+    For the queries, call `queries`. For the keys and values, first call `statistics` on every rank. Then give the
+    statistics of all ranks to `scaling`, and give the result of `scaling` to `keys_and_values`.
     """
 
     dtype: torch.dtype  # of the attention's result

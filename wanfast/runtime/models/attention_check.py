@@ -4,12 +4,12 @@ A row is the output for one query. A few exact rows cost little: 64 of 75,600 qu
 So each run can measure the error for its own weights and its own video.
 `sampled_errors` measures the error of a call that ran. This error comes from keys that were left out, and from
 rounding. `errors_by_length` and `fp8_errors` are for a calibration. They measure the error that a sparse call or a
-float8 call would have, and compute only its sampled rows. torch's flash kernel computes the exact rows; in bf16, its
-own error is about 0.002.
+float8 call would have. For this, they compute only the sampled rows of the call. torch's flash kernel computes the
+exact rows; in bf16, its own error is about 0.002.
 If several ranks share the tokens, each rank attends to its own keys, and the parts are joined by their log-sum-exp.
 
 Shapes: L tokens of a rank, H heads, D head dim, S sampled queries of each head, P ranks, N blocks,
-E lengths of lists of blocks, which `errors_by_length` tries.
+E lengths: the numbers of blocks of keys that `errors_by_length` tries.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def errors_by_length(
     block: int,
     lengths: Sequence[int],
 ) -> Tensor:
-    """Returns the relative error [H, E] that each head would have with lists of each of the E `lengths`.
+    """Returns the relative error [H, E] that sparse attention would have in each head, for each of the E `lengths`.
 
-    `rows_HS`: for each head, the indices of the queries that are compared. `lengths`: the numbers of blocks in the
-    lists. `block`: the number of tokens in a block. `order_HNN`: the result of `attention_router.block_order`. For each
-    head and each block of queries, it holds the place of each block of keys; the largest score has place 0. A list of n
-    blocks holds the blocks at the places 0 to n-1. All is computed in float32, so that the errors contain no rounding.
+    A length n means that each query reads only n blocks of keys: those that the router puts at the places 0 to n-1.
+    `rows_HS`: for each head, the indices of the queries that are compared. `order_HNN`: the places of the blocks of
+    keys, from `attention_router.block_order`. `block`: the number of tokens in a block. All is computed in float32, so
+    that the errors contain no rounding.
     """
     errors = []
     for head, rows in enumerate(rows_HS):  # one head's scores at a time

@@ -27,7 +27,8 @@ _NONE: tl.constexpr = tl.constexpr(-1e30)  # the score of missing quarters; fini
 def choice_scores(q_BHSD: Tensor, k_BHSD: Tensor, parts: int, first_blocks: int, last_blocks: int) -> Tensor:
     """Returns the scores [B, H, N, N] of `attention_router.choice_scores`, for float32 means of q and k.
 
-    `parts` is the number of means of a block, a power of two; the last block may have fewer means.
+    `parts` is the number of means of a block, a power of two; the last block may have fewer means. The first
+    `first_blocks` and the last `last_blocks` blocks of keys have the score infinity.
     """
     batch, heads, quarters, head_dim = q_BHSD.shape
     assert q_BHSD.is_contiguous() and k_BHSD.is_contiguous(), "means must be contiguous"

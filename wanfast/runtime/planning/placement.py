@@ -32,7 +32,7 @@ from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.plan_json import magcache_json
 from wanfast.runtime.store.model_files import TRY_TINY
 
-_GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "use max-autotune-no-cudagraphs"
+_GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "use --compile-mode max-autotune-no-cudagraphs"
 _UNMEASURED_BYTES = memory.CARDS["80 GB"]  # an H100, as in `doctor`, if no GPU is visible
 
 
@@ -75,9 +75,9 @@ def place(
 
     All plans get the same mesh and the same placement. `free_memory`: what the ranks may use; None measures it now. If
     ranks hold models already, give what was free before the ranks loaded them. `mesh`: the mesh of ranks that run
-    already; None decides the mesh here. `must_fit`: whether plans for the CPU must fit; if false, plans that do not fit
-    get a note instead of an error.
-    Raises ConfigError if the plans do not fit, or if an option of the ranks is impossible.
+    already; None decides the mesh here.
+    Raises ConfigError if the plans do not fit, or if an option of the ranks is impossible. With `must_fit` false, plans
+    for the CPU that do not fit get a note instead of this error; plans for GPUs must always fit.
     Raises JoiningMemoryError if the host has too little memory to join the clips of a video.
     """
     asked = plans[0].config.ranks
@@ -325,9 +325,9 @@ def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) ->
     """Returns {mode: needed bytes of host memory on this machine} for the modes "evicting" and "offloaded".
 
     `ranks`: the number of ranks that make one video. `ranks_here`: the number of ranks on this machine. `free`: the
-    free bytes of a GPU, or None if they are not known. In the evicting mode, each rank needs host memory for the bytes
-    that do not fit on its GPU; if `free` is None, for the bytes of one expert. In the offloaded mode, each rank needs
-    host memory for both experts.
+    free bytes of a GPU. In the offloaded mode, each rank needs host memory for both experts. In the evicting mode, each
+    rank needs host memory for the bytes that do not fit on its GPU. If `free` is None, these are taken to be the bytes
+    of one expert.
     """
     missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
     return {"evicting": missing * ranks_here, "offloaded": need.offloaded * ranks_here}

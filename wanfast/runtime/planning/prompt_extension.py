@@ -28,7 +28,9 @@ _ERRORS_BYTES = 1 << 16  # of stderr, from its end
 
 
 def extended(command: str, prompt: str, image: str | None) -> str:
-    """Returns the new prompt that the user's `command` prints for `prompt` and the path `image`.
+    """Returns the new prompt that the user's `command` prints for a prompt and an image.
+
+    `image`: the path of the image, or None.
 
     Raises ConfigError if the program fails, needs more than TIMEOUT_S seconds, or prints anything except one line of
     UTF-8 text with at most MOST_CHARACTERS characters.
@@ -41,7 +43,7 @@ def extended(command: str, prompt: str, image: str | None) -> str:
         done = _run(words, prompt.encode(), environment)
     except OSError as error:
         raise ConfigError(
-            f"{subject}: cannot be started ({error.strerror}): give a program that this user can run"
+            f"{subject}: cannot be started ({error.strerror}): give the path of a program that you can run"
         ) from None
     if done.is_late:
         raise ConfigError(f"{subject}: did not end within {TIMEOUT_S} s: use a faster program, or drop --extend-prompt")
@@ -122,7 +124,7 @@ def _checked(printed: bytes, subject: str) -> str:
     try:
         text = printed.decode().strip()
     except UnicodeDecodeError:
-        raise ConfigError(f"{subject}: printed text that is not UTF-8: print the new prompt as UTF-8") from None
+        raise ConfigError(f"{subject}: its output is not UTF-8: print the new prompt as UTF-8") from None
     if not clean_prompt(text):
         raise ConfigError(f"{subject}: printed nothing: print the new prompt on stdout")
     if len(text.splitlines()) > 1:

@@ -15,19 +15,20 @@ from wanfast.runtime.store.curves import steps_of_video
 
 
 def few_steps(video: Options, schedule: Options) -> dict[str, Any]:
-    """Returns the options of `video`, but with fewer steps and without skips.
+    """Returns the options of `video`, changed so that the video has fewer steps and no MagCache.
 
-    `schedule` holds the options that set the smaller number of steps. MagCache is off, because its curve was measured
-    with another number of steps.
+    `schedule`: the options from `schedule_of`, which set the number of steps. MagCache is off, because its curve holds
+    only for the original number of steps.
     """
     skipping = options_of(SkippingConfig)
     return {**{name: value for name, value in video.items() if name not in skipping}, **schedule, "magcache": "off"}
 
 
 def schedule_of(video: VideoConfig, spec: ModelSpec, steps: int) -> dict[str, Any]:
-    """Returns the options that let a video run in only `steps` steps.
+    """Returns the options that reduce a video to `steps` steps.
 
-    If the video has a list of noise levels, the shorter list holds some of these levels, spread evenly.
+    The result is {"steps": steps} if the video has no list of noise levels. If it has one, the result has two options:
+    "sigmas" holds `steps` of these levels, spread evenly, and "switch_step" is the number of high-noise steps.
     """
     if video.levels is None:
         return {"steps": steps}

@@ -43,9 +43,10 @@ def planned(plan: Plan) -> dict[str, Any]:
 
 
 def with_seconds(document: dict[str, Any], added: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """Returns a copy of `document` with three additions: `added`; the seconds of each stage; the total seconds.
+    """Returns a copy of `document` with the entries `added` and the seconds of a run.
 
-    `added`: what else a run adds to the document. Seconds are rounded to 1 ms.
+    `seconds`: the seconds of each stage; the copy also holds their sum, and rounds to 1 ms. `added`: further entries,
+    such as memory and hardware.
     """
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     return document | added | {"seconds": rounded | {"total": round(sum(seconds.values()), 3)}}
@@ -66,7 +67,7 @@ def moved(document: dict[str, Any], output: OutputConfig, video: VideoConfig | N
 
 
 def text(document: dict[str, Any]) -> str:
-    """Returns this document as JSON text, as it is written to the file beside a video."""
+    """Returns a document as JSON text, as it is written to the file beside a video."""
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 

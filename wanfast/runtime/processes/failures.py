@@ -23,7 +23,11 @@ _TOGETHER_S = 1.0  # errors this close to each other may be written in another o
 
 
 def error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tuple[int, WanFastError]:
-    """Returns the first cause of a rank group's failure as (the time in nanoseconds since the epoch, the error)."""
+    """Returns why a rank group failed, as (the time in nanoseconds since the epoch, the error).
+
+    `replica`: the number of the rank group. `config`: the options of the ranks. If several ranks failed, the error is
+    that of the rank that made the others fail.
+    """
     folder, logs = run_folder / RANKS, f"logs of all ranks in {run_folder / 'logs'}"
     agent = folder / f"{replica}.json"
     known = json.loads(agent.read_text()) if agent.exists() else {}
@@ -101,6 +105,6 @@ def _place(file: Path) -> tuple[int, int, int]:
 
 
 def was_loading(run_folder: Path, number: int) -> bool:
-    """Returns whether a dead rank group had no job yet, or was still loading the models of its last job."""
+    """Returns whether rank group `number` died before its first job, or while it loaded the models of a job."""
     file = run_folder / PROGRESS / f"{number}.json"
     return not file.exists() or json.loads(file.read_text(encoding="utf-8"))["stage"] == LOADING

@@ -2,7 +2,7 @@
 
 A line is tried again if a machine failed while it made the line.
 
-This module knows neither Ray nor torch.
+This module imports neither Ray nor torch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Runs one rank group on a machine of a Ray cluster, in an actor, for a command on another machine.
+"""Runs one rank group on a machine of a Ray cluster; the user's command runs on another machine.
 
 The ranks keep running from one line of a list to the next, so that models are loaded once. An image arrives as bytes
 and a video leaves as bytes, because the machines need not share a disk. Weights, experts, LoRAs and artifacts lie on
 each machine, under the same paths.
-This module knows neither Ray nor torch.
+This module imports neither Ray nor torch; the command starts `RemoteGroup` as a Ray actor.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class RemoteGroup:
         """Returns the rank group and the folder of its files; starts it before the first video. Raises WanFastError."""
         with self._lock:
             if self._is_stopped:
-                raise RankFailedError("the rank group was stopped")
+                raise RankFailedError("the command has stopped this rank group: run the command again")
             if self._ranks is None or self._folder is None:
                 run_folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": "ray", "pid": os.getpid()})
                 self._ranks = RankGroups(run_folder, config.ranks, groups=1)

@@ -136,7 +136,8 @@ def named_experts(config: NamesExperts) -> tuple[NamedExpert, ...]:
 def identified(models: ModelsConfig) -> ModelsConfig:
     """Checks the files of experts and LoRAs that a config names, and returns the config with the hashes of these files.
 
-    The checks read only the names and the headers of the files. Raises ConfigError or CorruptArtifactError.
+    The checks need only the names and the headers of the files; only the hashes need all bytes. Raises ConfigError or
+    CorruptArtifactError.
     """
     artifacts, experts = Path(models.artifacts_dir), named_experts(models)
     loras = find_loras(models, artifacts)

@@ -2,8 +2,8 @@
 
 The matrix products of the experts and of UMT5 have the dtype of `--precision`. The VAE's encoder is always float32, and
 its decoder has the dtype of `--vae-precision`. A model is sharded before it is filled, so that a rank reads and holds
-only its own rows. The projections q, k and v of an expert are fused into one linear layer, unless the expert is sharded
-or all its forwards split the tokens among ranks.
+only its own rows. The projections q, k and v of an expert are fused into one linear layer. They stay separate if the
+expert is sharded, or if ranks share the tokens of every forward.
 """
 
 from __future__ import annotations
@@ -50,12 +50,17 @@ def build_expert(
 ) -> WanDiT:
     """Returns an expert with loaded weights; each forward splits its tokens among `ranks`.
 
-    Without `quantized`, the weights are read from the expert's files. With `quantized`, the weights are read from the
-    artifact of `quantized`, and the linear layers of the expert's blocks have its scheme. With `quantized` and
-    `on_the_fly`, the expert's files are read instead, and the weights of these layers are quantized during loading.
-    `merge`: merges LoRAs into weights from the expert's files; an artifact already contains its LoRAs. `attend`: the
-    attention of the blocks. `sharded`: whether each rank holds only its own rows. `device`: where the weights are, by
-    default the rank's device. Raises MissingArtifactError or CorruptArtifactError.
+    There are three ways to load:
+
+    * `quantized` is None: reads the expert's files.
+    * `quantized` is given, and `on_the_fly` is false: reads this artifact.
+    * `quantized` is given, and `on_the_fly` is true: reads the expert's files, and quantizes the linear layers of the
+      blocks during loading, by the scheme of `quantized`.
+
+    `merge`: adds LoRAs to weights that are read from the expert's files; an artifact already contains its LoRAs.
+    `attend`: the attention of the blocks. `sharded`: whether each rank holds only its own rows of the weights.
+    `device`: the device of the weights; None means the rank's device. Raises MissingArtifactError or
+    CorruptArtifactError.
     """
     scheme = quantized.scheme if quantized else None
     model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, scheme=scheme, sharded=sharded)

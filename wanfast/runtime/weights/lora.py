@@ -1,13 +1,14 @@
 """Merges LoRA files into an expert's weights while the weights are loaded, so that forwards take no more time.
 
     weight += strength * alpha / rank * up @ down        (without alpha: strength * up @ down)
-    weight += strength * difference                      (only in some files; the difference has the weight's shape)
+    weight += strength * difference                      (for tensors X.diff of the file, which have the weight's shape)
 
 Products and sums are computed in float32, one tensor at a time; then the sum is cast or quantized. If only some rows of
 a weight are loaded, only the same rows of `up` are read. Before a weight is read, all keys and shapes are compared with
-those of the model. Alpha is a tensor of the file, or a number in the file's metadata or in the config that PEFT writes
-beside the file.
-Source: LoRA (arXiv 2106.09685); rank-stabilised LoRA (arXiv 2312.03732) divides alpha by sqrt(rank).
+those of the model.
+Alpha is a tensor of the file. If there is none, alpha is a number in PEFT's config beside the file, or in the file's
+metadata. If PEFT's config says that the LoRA is rank-stabilised, this number is divided by sqrt(rank), not by rank.
+Source: LoRA (arXiv 2106.09685); rank-stabilised LoRA (arXiv 2312.03732).
 
 Shapes: N out, K in, r rank; down [r, K], up [N, r]. A convolution's factors have more dimensions, which are flattened.
 """
