@@ -1,8 +1,10 @@
 """Makes the videos of the queued jobs, one after another, on the ranks of one handle.
 
-`run` makes videos in the thread that calls it. A second thread, the writer, writes a finished video to disk while the
-next one is made. A third thread, the watch, asks the database whether the running jobs were cancelled, and renews their
-leases.
+Three threads work at the same time:
+* The thread that calls `run` makes the videos.
+* The writer writes a finished video to disk, while the next video is made.
+* The watch stops the current video if its job was cancelled. It also tells the database every few seconds that the
+  running attempts are alive, so that no other server makes their videos.
 This module does not import torch.
 """
 
@@ -60,7 +62,7 @@ class Maker(Protocol):
     """This interface makes videos; `Handle` implements it."""
 
     def make(self, *, on_progress: StageFn, **options: Any) -> Video:
-        """Makes one video and waits for it. Raises WanFastError."""
+        """Makes one video and waits for it; the arguments are those of `Handle.make`. Raises WanFastError."""
 
     def cancel(self) -> None:
         """Cancels the video that is being made."""
@@ -77,7 +79,10 @@ class _Run:
     renewed: float = field(default_factory=time.monotonic)
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Records the stage and the progress in percent."""
+        """Records a clip's stage, and the progress of the whole video in percent.
+
+        `done` of the `total` steps of the clip are finished.
+        """
         self.stage, self.progress = stage, int(_OF_DENOISING * share_done(stage, done, total))
 
 
