@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -37,21 +36,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import whole_video
+from commands import KNOWN, PICTURE, end_by_signals, hooked, scratch_place, write_apart
 
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine import host
 from wanfast.runtime.machine.gpus import set_environment, visible_gpus
 from wanfast.runtime.machine.packages import commit, versions
 
-PICTURE = whole_video.PICTURE
 READY = "ready at "
 STAGES = ("encode", "denoise", "decode")
 POLL_S = 0.01  # between two looks at a video that is waited for
 CLIENT_S = 0.1  # between two requests of a client
 MARKS = """
-import contextlib, importlib.machinery, json, os, sys, time
-
 def follow(module):
     span = module.Stopwatch.span
 
@@ -61,25 +57,11 @@ def follow(module):
             started = time.time()
             yield
         if os.environ.get("RANK") == "0":
-            with open(os.environ["WANFAST_BENCHMARK_MARKS"], "a") as file:
-                file.write(json.dumps([name, started, time.time()]) + "\\n")
+            note(json.dumps([name, started, time.time()]))
 
     module.Stopwatch.span = marked
 
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name != "wanfast.runtime.device.timing":
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        run = spec.loader.exec_module
-        def exec_module(module):
-            run(module)
-            follow(module)
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Finder)
+AFTER = {"wanfast.runtime.device.timing": follow}
 """
 
 
@@ -111,7 +93,7 @@ class Server:
     def create(self, seed: int) -> str:
         """Queues a video and returns its id."""
         picture = f"data:image/jpeg;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
-        fields = {"prompt": whole_video.KNOWN, "seed": seed, "input_reference": {"image_url": picture}}
+        fields = {"prompt": KNOWN, "seed": seed, "input_reference": {"image_url": picture}}
         return str(self.ask("POST", "/v1/videos", fields)["id"])
 
     def ended(self, video: str) -> dict[str, Any]:
@@ -150,13 +132,12 @@ def main() -> None:
         parser.error("give either --model or --random")
     if options.videos < 2 or options.clients < 1:
         parser.error("--videos must be 2 or more, and --clients 1 or more")
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, whole_video._leave)
+    end_by_signals()
     set_environment()  # as for the command, because random weights are drawn on a GPU
-    with tempfile.TemporaryDirectory(dir=whole_video._place(options)) as scratch:
+    with tempfile.TemporaryDirectory(dir=scratch_place(options)) as scratch:
         model = options.model or options.folder or Path(scratch) / "model"
         if options.random and not Path(model).exists():
-            whole_video._write(model, options)
+            write_apart(model, options)
         with _serving(Path(scratch), [f"--model={model}", *others]) as server:
             facts = _measure(server, Path(scratch), options)
     hardware = {"cpu": platform.processor() or platform.machine(), "cores": host.cores()}
@@ -168,14 +149,8 @@ def main() -> None:
 @contextmanager
 def _serving(scratch: Path, options: list[str]) -> Iterator[Server]:
     """Runs `wanfast serve` on a free port until the block ends; yields when it is ready."""
-    (scratch / "hooks").mkdir()
-    (scratch / "hooks/sitecustomize.py").write_text(MARKS)
     (scratch / "marks").touch()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(scratch / "hooks"), os.environ.get("PYTHONPATH", ""))),
-        "WANFAST_BENCHMARK_MARKS": str(scratch / "marks"),
-    }
+    environment = {**os.environ, **hooked(scratch, MARKS)}
     places = ("--port=0", f"--artifacts-dir={scratch}/artifacts", f"--data-dir={scratch}/data")
     command = [sys.executable, "-m", "wanfast", "serve", *places, *options]
     started = time.perf_counter()

@@ -26,16 +26,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from commands import hooked
+
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.packages import commit, versions
 
 PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/star.png"
 MARKS = """
-import contextlib, importlib.machinery, os, sys, time
-
 def mark(name):
-    with open(os.environ["WANFAST_BENCHMARK_MARKS"], "a") as file:
-        file.write(f"{time.time()} {os.getpid()} {name}\\n")
+    note(f"{time.time()} {os.getpid()} {name}")
 
 def before(module, name, text):
     work = getattr(module, name)
@@ -78,23 +77,6 @@ AFTER = {
     "wanfast.runtime.distributed.ranks": after,
     "wanfast.runtime.jobs.generate": worker,
 }
-
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name not in AFTER:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        run = spec.loader.exec_module
-        def exec_module(module):
-            run(module)
-            AFTER[name](module)
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Finder)
-for name in AFTER.keys() & sys.modules.keys():
-    AFTER[name](sys.modules[name])
 """
 
 
@@ -144,16 +126,13 @@ def _sum(seconds: dict[str, float]) -> float:
 
 def _start(scratch: Path, checkout: Path, way: str, options: argparse.Namespace) -> dict[str, float]:
     """Returns the seconds after Enter of each moment; "end" is from the result to the end of the last process."""
-    hooks, marks = scratch / "hooks", scratch / "marks"
-    hooks.mkdir(exist_ok=True)
-    (hooks / "sitecustomize.py").write_text(MARKS)
+    marks = scratch / "marks"
     marks.unlink(missing_ok=True)
     artifacts = scratch / f"artifacts-{time.time_ns()}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment |= {
-        "PYTHONPATH": os.pathsep.join((str(hooks), str(checkout), os.environ.get("PYTHONPATH", ""))),
+        **hooked(scratch, MARKS, checkout),
         "PYTHONPYCACHEPREFIX": str(scratch / way),
-        "WANFAST_BENCHMARK_MARKS": str(marks),
         **({"PYTHONDONTWRITEBYTECODE": "1"} if way == "none" else {}),
     }
     command = [sys.executable, "-m", "wanfast", "generate", "--model=tiny", f"--image={PICTURE}", "--prompt=a star"]

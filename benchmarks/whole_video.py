@@ -33,8 +33,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -46,9 +44,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from commands import KNOWN, PICTURE, end_by_signals, scratch_place, write_apart
 
-from wanfast.bench.model_folder import of_layers, random_bytes, write_model, write_vae
+from wanfast.bench.model_folder import of_layers, write_vae
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.facts.model_spec import A14B
@@ -60,11 +58,7 @@ from wanfast.runtime.planning.plan_json import read_guided
 from wanfast.runtime.store import model_files
 from wanfast.runtime.weights.builders import build_vae
 
-PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
 FIGURES = ("seconds", "first_step_s", "step_s", "compiled_anew", "peak_memory_bytes", "loading")
-SHARED_MEMORY = Path("/dev/shm")
-SMOOTHNESS = 200  # x264 takes an eighth of its time for noise, as for a smooth clip: 3 s of two cores at 1280x720x81
-KNOWN = "a cat"
 VIDEOS = 3  # of a list
 KINDS = {True: "guided_step_s", False: "unguided_step_s"}  # whether a step has guidance
 
@@ -104,17 +98,16 @@ def main() -> None:
         help="also measure the VAE without experts; by default if there is a GPU and no --random",
     )
     options, others = parser.parse_known_args()
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _leave)
+    end_by_signals()
     if not options.random and (options.noise or options.long or options.rounds > 1):
         parser.error("--noise, --long and --rounds need --random")
     set_environment()  # torch reads this setting at its first use of a GPU
-    place = _place(options)
+    place = scratch_place(options)
     with tempfile.TemporaryDirectory(dir=place) as scratch:
         folder = options.folder or Path(scratch) / "model"
         started = time.perf_counter()
         if not folder.exists():
-            _write(folder, options)
+            write_apart(folder, options)
         facts = {"layers": options.layers, "options": others, "place": str(place)}
         facts |= {"write_s": round(time.perf_counter() - started, 1)}
         measure = _measure_random if options.random else _measure_holes
@@ -122,38 +115,6 @@ def main() -> None:
         alone = torch.cuda.is_available() and not options.random if options.vae_alone is None else options.vae_alone
         facts |= {"vae_alone": _vae_alone(folder, facts["size"])} if alone else {}
         print(json.dumps(facts | {"commit": commit(), "versions": versions()}))
-
-
-def _leave(number: int, _: object) -> None:
-    """Ends the process through the clean-up, which a second signal does not disturb."""
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
-def _place(options: argparse.Namespace) -> Path:
-    """Returns a folder in memory for random weights, if there is room; else one on a disk."""
-    if options.random and SHARED_MEMORY.is_dir():
-        room = min(shutil.disk_usage(SHARED_MEMORY).free, host.available_host_bytes() // 2)  # the ranks need some too
-        wanted = random_bytes(of_layers(options.layers))
-        if room >= wanted or options.folder:
-            return SHARED_MEMORY
-        print(f"{wanted / 1e9:.1f} GB of weights do not fit in memory: they are written to /var/tmp", file=sys.stderr)
-    return Path("/var/tmp")  # /tmp may be memory, which holes occupy once read
-
-
-def _write(folder: Path, options: argparse.Namespace) -> None:
-    """Writes the model in a process of its own, because this one should not hold memory of a GPU."""
-    given = {"is_random": options.random, "smoothness": SMOOTHNESS if options.random else 1}
-    writer = mp.get_context("spawn").Process(target=write_model, args=(folder, of_layers(options.layers)), kwargs=given)
-    writer.start()
-    try:
-        writer.join()
-    finally:
-        writer.kill()
-        writer.join()
-    if writer.exitcode:
-        raise SystemExit(writer.exitcode)  # the process has printed its error
 
 
 def _measure_holes(folder: Path, scratch: Path, _: argparse.Namespace, others: list[str]) -> dict[str, Any]:

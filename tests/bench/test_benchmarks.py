@@ -126,19 +126,19 @@ def test_each_benchmark_is_run() -> None:
 def narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None) -> Iterator[None]:
     """Lets the programs use a narrow model, fork, and compile nothing; afterwards restores the handlers of signals."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    spawned, whole_video = program("spawned"), program("whole_video")
-    start, context = spawned.mp.start_processes, whole_video.mp.get_context
+    spawned, commands = program("spawned"), program("commands")
+    start, context = spawned.mp.start_processes, commands.mp.get_context
     monkeypatch.setattr(spawned.mp, "start_processes", lambda *given, start_method: start(*given, start_method="fork"))
-    monkeypatch.setattr(whole_video.mp, "get_context", lambda kind: context("fork"))
+    monkeypatch.setattr(commands.mp, "get_context", lambda kind: context("fork"))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: None)
     for name in ("loading", "magcache", "products", "quantized", "vae"):
         monkeypatch.setattr(program(name), "A14B", NARROW)
-    for name in ("second_video", "whole_video"):
+    for name in ("commands", "second_video", "whole_video"):
         monkeypatch.setattr(program(name), "of_layers", lambda layers: NARROW)
     for name in ("second_video", "start", "whole_video"):  # forks would remove a temporary folder when they end
         kept = SimpleNamespace(TemporaryDirectory=lambda **given: nullcontext(str(tmp_path)))
         monkeypatch.setattr(program(name), "tempfile", kept)
-    monkeypatch.setattr(whole_video, "set_environment", lambda: None)
+    monkeypatch.setattr(program("whole_video"), "set_environment", lambda: None)
     monkeypatch.setenv("WANFAST_ARTIFACTS", str(tmp_path / "artifacts"))
     yield
     for number, handler in handlers.items():

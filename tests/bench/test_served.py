@@ -16,7 +16,7 @@ TINY = ("--model", "tiny", "--device", "cpu", "--size", "64x64", "--frames", "5"
 
 
 def document(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *options: str) -> Any:
-    monkeypatch.setattr(served.signal, "signal", lambda *handler: None)  # the test's own handlers stay
+    monkeypatch.setattr(served, "end_by_signals", lambda: None)  # the test's own handlers stay
     monkeypatch.setattr(served, "set_environment", lambda: None)
     monkeypatch.setattr(sys, "argv", ["served.py", *options])
     served.main()

@@ -20,6 +20,7 @@ import pytest
 import wanfast
 from tests.forked import ForkedPopen
 from wanfast.runtime.errors import CancelledError, ConfigError, RankFailedError, WanFastError
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.processes import handle as handle_module
 from wanfast.runtime.processes import launch
 from wanfast.runtime.processes.handle import Handle
@@ -110,6 +111,22 @@ def test_any_thread_makes_videos_and_hears_of_steps(star: Path, handle: Handle) 
     assert handle._ranks._numbers == {0: 0}  # no group died with the thread that opened the handle
 
 
+def test_frames_arrive_in_order_while_a_later_clip_is_denoised(star: Path, handle: Handle) -> None:
+    pieces: list[np.ndarray] = []
+    stages: list[str] = []
+    before: list[int] = []  # the number of reports before each piece
+
+    def arrive(plan: Plan, frames: np.ndarray) -> None:
+        assert plan.config.video.total_frames == 9
+        pieces.append(frames)
+        before.append(len(stages))
+
+    clips = {"prompt": ["The star goes right."] * 2, "steps": 20}
+    video = handle.make(**SMALL | clips, on_frames=arrive, on_progress=lambda stage, done, total: stages.append(stage))
+    assert np.array_equal(np.concatenate(pieces), video.frames)
+    assert before[0] < len(stages)
+
+
 def in_the_middle(handle: Handle) -> tuple[threading.Thread, list[WanFastError]]:
     """Lets a thread make a long video, waits for its second step, and returns the thread and its error to come."""
     errors: list[WanFastError] = []
@@ -159,13 +176,17 @@ def test_a_cancel_that_comes_too_late_for_the_ranks_still_ends_the_video(star: P
     assert not list(handle._folder.glob("frames/*"))
 
 
-def test_an_exception_of_on_progress_ends_the_video_and_the_ranks_stay(star: Path, handle: Handle) -> None:
-    def broken(stage: str, done: int, total: int) -> None:
-        raise ZeroDivisionError(stage)
+@pytest.mark.parametrize(("callback", "steps"), [("on_progress", 1000), ("on_frames", 2)])
+def test_an_exception_of_a_callback_ends_the_video_and_the_ranks_stay(
+    star: Path, handle: Handle, callback: str, steps: int
+) -> None:
+    def broken(*state: object) -> None:
+        raise ZeroDivisionError
 
     before = {process.pid for process in ranks_of(handle)}
     with pytest.raises(ZeroDivisionError):
-        handle.make(**SMALL | {"steps": 1000}, on_progress=broken)
+        handle.make(**SMALL | {"steps": steps}, **{callback: broken})
+    assert not list(handle._folder.glob("frames/*"))
     assert handle.make(**SMALL).frames.shape == (5, 64, 64, 3)
     assert {process.pid for process in ranks_of(handle)} == before
 

@@ -21,7 +21,7 @@ import openai
 from wanfast.runtime.errors import CancelledError
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.progress import StageFn, stage_of_clip
-from wanfast.runtime.processes.handle import Opened, Video
+from wanfast.runtime.processes.handle import Opened, RecordFn, Video
 from wanfast.runtime.store.model_files import TINY
 from wanfast.server import serve as serve_module
 from wanfast.server.app import Parts, create_app
@@ -54,9 +54,10 @@ class StandIn:
         self.errors: list[BaseException] = []  # raised one after the other, instead of videos
         self.holds = threading.Event()  # set: a video does not end before it is cancelled
         self.cancelled = threading.Event()
+        self.decoding: Callable[[], object] = lambda: None  # is called between two groups of frames
         self.closed = False
 
-    def make(self, *, on_progress: StageFn, **options: Any) -> Video:
+    def make(self, *, on_progress: StageFn, on_frames: RecordFn, **options: Any) -> Video:
         plan = self.opened.plan(options)
         if options["prompt"] != WARM_UP:
             picture = Path(options["image"]).read_bytes() if "image" in options else b""
@@ -74,7 +75,12 @@ class StandIn:
                 raise CancelledError
         shape = (plan.config.video.total_frames, plan.geometry.height, plan.geometry.width, 3)
         document = sidecar.with_seconds(sidecar.planned(plan), {}, {"encode": 0.01, "denoise": 0.02, "decode": 0.01})
-        return Video(np.full(shape, colour(plan.config.video.seed), np.uint8), document)
+        video = Video(np.full(shape, colour(plan.config.video.seed), np.uint8), document)
+        for first in range(0, len(video.frames), 4):
+            on_frames(plan, video.frames[first : first + 4])
+            if options["prompt"] != WARM_UP:
+                self.decoding()
+        return video
 
     def cancel(self) -> None:
         self.cancelled.set()

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -34,6 +34,9 @@ from tests.processes.test_launch import with_fault
 from tests.processes.test_losses import FAULTS
 from tests.server.running import SMALL, STAR, Answer, StandIn, ask, data_url, until
 from wanfast.commands import serve as serve_command
+from wanfast.runtime.engine.pixels import Frame
+from wanfast.runtime.jobs.generate import FramesFile
+from wanfast.runtime.media.video_file import Mp4Writer
 from wanfast.runtime.processes.handle import Opened
 from wanfast.server import serve as serve_module
 from wanfast.server.serve import ServerSettings
@@ -228,6 +231,31 @@ def test_a_video_of_the_server_is_that_of_generate(
     assert shown["status"] == "completed", shown
     assert tiny.answer("GET", f"/v1/videos/{video}/content").body == one(workdir, wanfast, 3)
     assert b'wanfast_stage_seconds_count{stage="denoise"} 1.0' in tiny.answer("GET", "/metrics").body
+
+
+def test_x264_begins_while_later_frames_are_decoded(
+    workdir: Path, wanfast: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder's last frames wait for x264. The file is hidden until it is complete."""
+    add, begin, encoding = FramesFile.add, Mp4Writer._open, workdir / "encoding"
+
+    def waiting(self: FramesFile, frames: Iterable[Frame]) -> None:
+        ends = time.monotonic() + 5
+        while self._file.name == "1.npy" and self._stream is not None and time.monotonic() < ends:
+            if encoding.exists():
+                (workdir / "overlapped").touch()
+                break
+            time.sleep(0.01)
+        add(self, frames)
+
+    monkeypatch.setattr(FramesFile, "add", waiting)
+    monkeypatch.setattr(Mp4Writer, "_open", lambda self, *shape: (begin(self, *shape), encoding.touch()))
+    with served(Process(workdir, "wanfast", TINY)) as process:
+        process.wait()
+        video = process.create("first", 3)  # after the warm-up
+        assert process.ended(video)["status"] == "completed" and (workdir / "overlapped").exists()
+        assert process.answer("GET", f"/v1/videos/{video}/content").body == one(workdir, wanfast, 3)
+        assert not list(workdir.glob("data/.*.part"))
 
 
 def test_a_long_video_is_that_of_generate_with_several_prompts(

@@ -14,8 +14,9 @@ from PIL import Image
 from sqlalchemy.exc import OperationalError
 
 from tests.attention_plan import store_a_plan
-from tests.server.running import SMALL, STAR, WARM_UP, StandIn, data_url, running, until
-from wanfast.runtime.errors import ConfigError, MissingArtifactError, NotFiniteError, RankFailedError
+from tests.server.running import SMALL, STAR, WARM_UP, Running, StandIn, data_url, running, until
+from wanfast.runtime.errors import CancelledError, ConfigError, MissingArtifactError, NotFiniteError, RankFailedError
+from wanfast.runtime.media.video_file import Mp4Writer
 from wanfast.server import app as app_module
 from wanfast.server import store as store_module
 from wanfast.server import worker as worker_module
@@ -90,6 +91,94 @@ def test_a_video_that_cannot_be_written_fails_alone(tmp_path: Path, monkeypatch:
             "server_error", "the server could not make this video; the server's log has the reason",
         )  # fmt: skip
         assert server.ended(server.create())["status"] == "completed"
+
+
+def test_ranks_that_die_while_they_decode_leave_nothing_half_written(tmp_path: Path, early_files: None) -> None:
+    with running(tmp_path) as server:
+
+        def dies() -> None:
+            until(lambda: half_written(server))
+            server.maker.decoding = lambda: left.extend(server.files.listed())
+            raise RankFailedError("rank 0 was killed; logs in /tmp/x/logs")
+
+        left: list[Path] = []
+        server.maker.decoding = dies
+        video = server.ended(server.create(seed=5))
+        assert video["status"] == "completed" and len(server.maker.made) == 2
+        assert {file.name.lstrip(".").partition(".")[0] for file in left} == {
+            next(server.files.folder.glob("video_*.mp4")).stem
+        }
+        assert sorted(file.suffix for file in server.files.listed()) == [".jpg", ".json", ".mp4"]
+
+
+def test_a_video_that_is_cancelled_while_it_is_decoded_leaves_no_file(tmp_path: Path, early_files: None) -> None:
+    with running(tmp_path) as server:
+
+        def cancelled() -> None:
+            until(lambda: half_written(server))
+            server.ask("POST", f"/v1/videos/{video}/cancel")
+            until(server.maker.cancelled.is_set)
+            raise CancelledError
+
+        server.maker.holds.set()
+        video = server.create()
+        server.maker.decoding = cancelled
+        server.maker.holds.clear()
+        assert server.ended(video)["error"]["code"] == "cancelled"
+        until(lambda: not server.worker._runs)
+        assert server.files.listed() == []
+
+
+def test_a_disk_that_becomes_full_while_a_video_is_decoded_costs_this_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode, failed = Mp4Writer._encode, threading.Event()
+
+    def full(self: Mp4Writer, frames: Any) -> None:
+        monkeypatch.setattr(Mp4Writer, "_encode", encode)
+        self._path.touch()
+        failed.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with running(tmp_path) as server:
+        monkeypatch.setattr(Mp4Writer, "_encode", full)
+        server.maker.decoding = lambda: (failed.wait(20), time.sleep(0.05))  # so that the next frames are refused
+        error = server.ended(server.create())["error"]
+        assert (error["code"], error["message"]) == (
+            "server_error", "the server could not make this video; the server's log has the reason",
+        )  # fmt: skip
+        assert not [file for file in server.files.listed() if ".mp4" in file.name]
+        assert server.ended(server.create())["status"] == "completed"
+    assert "cannot be written (No space left on device" in capsys.readouterr().err
+
+
+def test_the_half_written_file_of_a_running_job_is_not_swept(
+    tmp_path: Path, early_files: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_SWEEP_S", 0.05)
+    with running(tmp_path) as server:
+        other = server.files.folder / f".video_{'0' * 32}-1.mp4.77.part"
+
+        def decodes() -> None:
+            until(lambda: half_written(server))
+            other.touch()
+            until(lambda: not other.exists())
+            assert half_written(server)
+
+        server.maker.decoding = decodes
+        assert server.ended(server.create())["status"] == "completed"
+
+
+@pytest.fixture
+def early_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Creates the file of a video with its first frame; x264 holds back more frames than these videos have."""
+    begin = Mp4Writer._open
+    monkeypatch.setattr(Mp4Writer, "_open", lambda self, *shape: (begin(self, *shape), self._path.touch()))
+
+
+def half_written(server: Running) -> list[Path]:
+    """Returns the mp4 files that x264 writes."""
+    return [file for file in server.files.listed() if file.name.endswith(".part") and ".mp4." in file.name]
 
 
 def test_the_queue_waits_while_the_disk_is_full(

@@ -1,8 +1,8 @@
 """Makes the videos of the queued jobs, one after another, on the ranks of one handle.
 
 Three threads work at the same time:
-* The thread that calls `run` makes the videos.
-* The writer writes a finished video to disk, while the next video is made.
+* The thread that calls `run` makes the videos. x264 encodes a video's first frames while later frames are decoded.
+* The writer completes the files of a video, while the next video is made.
 * The watch stops the current video if its job was cancelled. It also tells the database every few seconds that the
   running attempts are alive, so that no other server makes their videos.
 This module does not import torch.
@@ -15,23 +15,29 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from wanfast.runtime.config import parse_size
+from wanfast.runtime.config import OutputConfig, parse_size
 from wanfast.runtime.errors import CancelledError, ConfigError, NotFiniteError, RankFailedError, WanFastError
 from wanfast.runtime.facts.memory import gb
+from wanfast.runtime.planning import sidecar
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.progress import StageFn, share_done
-from wanfast.runtime.processes.handle import Video
+from wanfast.runtime.processes.handle import RecordFn, Video
 from wanfast.runtime.store.artifacts import note
 from wanfast.server.files import Files
 from wanfast.server.metrics import Metrics
 from wanfast.server.replies import in_fields, without_paths
 from wanfast.server.store import MOST_ATTEMPTS, Store, StoredJob
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 WATCH_S = 0.1  # between two looks at the running jobs
 _RENEW_S = 5.0  # between two renewals of a lease without progress
@@ -61,7 +67,7 @@ T = TypeVar("T")
 class Maker(Protocol):
     """This interface makes videos; `Handle` implements it."""
 
-    def make(self, *, on_progress: StageFn, **options: Any) -> Video:
+    def make(self, *, on_progress: StageFn, on_frames: RecordFn, **options: Any) -> Video:
         """Makes one video and waits for it; the arguments are those of `Handle.make`. Raises WanFastError."""
 
     def cancel(self) -> None:
@@ -77,6 +83,7 @@ class _Run:
     progress: int = 0
     written: tuple[str, int] = ("", 0)  # the stage and the progress that the database has
     renewed: float = field(default_factory=time.monotonic)
+    recording: sidecar.Recording | None = None  # from the first frames on
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Records a clip's stage, and the progress of the whole video in percent.
@@ -179,7 +186,7 @@ class Worker:
         for start in range(1, _MOST_STARTS + 1):
             try:
                 with suppress(CancelledError):  # by `stop`
-                    self._made(self, lambda stage, done, total: None, self._warm_up)
+                    self._made(self, lambda stage, done, total: None, lambda plan, frames: None, self._warm_up)
                 return
             except RankFailedError as error:
                 self._metrics.ranks_failed()
@@ -190,7 +197,7 @@ class Worker:
     def _do(self, run: _Run) -> None:
         """Makes the video of a claimed job, and gives it to the writer; or ends the attempt with an error."""
         self._runs[run.job.attempt] = run
-        with self._errors_of(run):
+        with self._errors_of(run), ExitStack() as opened:
             image = self._files.image(run.job.attempt)
             data = _patiently(lambda: self._store.image(run.job))
             if data is None:  # the job has ended meanwhile
@@ -198,31 +205,47 @@ class Worker:
             try:
                 image.write_bytes(data)
                 given = {"image": str(image)} if data else {}
-                video = self._made(run, run.report, {**run.job.options, **given})
+                video = self._made(run, run.report, partial(self._record, run, opened), {**run.job.options, **given})
             finally:
                 image.unlink(missing_ok=True)
             if self._writing is not None:
                 self._writing.result()  # so that no more than two videos lie in memory
-            self._writing = self._writer.submit(self._finish, run, video)
+            self._writing = self._writer.submit(self._finish, run, video, opened.pop_all())
         if self._lost_ranks:
             self._lost_ranks = False
             self._load()
 
-    def _made(self, token: object, on_progress: StageFn, options: Mapping[str, Any]) -> Video:
+    def _made(self, token: object, on_progress: StageFn, on_frames: RecordFn, options: Mapping[str, Any]) -> Video:
         with self._lock:
             self._making = token
         try:
-            return self._maker.make(on_progress=on_progress, **options)
+            return self._maker.make(on_progress=on_progress, on_frames=on_frames, **options)
         finally:
             with self._lock:
                 self._making = None
 
-    def _finish(self, run: _Run, video: Video) -> None:
-        """Writes the files of a video, and then ends its job."""
-        with self._errors_of(run):
+    def _record(self, run: _Run, opened: ExitStack, plan: Plan, frames: npt.NDArray[np.uint8]) -> None:
+        """Queues frames for x264, which encodes them while later ones are decoded.
+
+        At the end of `opened`, files that are not complete are removed. Raises ConfigError.
+        """
+        if run.recording is None:
+            video = plan.config.video
+            outputs = self._output(run).paths
+            recording = sidecar.Recording(outputs, video.fps, video.total_frames, overwrite=True)
+            run.recording = opened.enter_context(recording)
+        run.recording.add(frames)
+
+    def _output(self, run: _Run) -> OutputConfig:
+        return OutputConfig(output=str(self._files.video(run.job.attempt)), overwrite=True)
+
+    def _finish(self, run: _Run, video: Video, opened: ExitStack) -> None:
+        """Completes the files of a video, and then ends its job. Closes `opened`, which holds the files."""
+        with self._errors_of(run), opened:
             run.stage, started = _WRITING, time.perf_counter()
             self._files.write_thumbnail(run.job.attempt, video.frames[0])
-            video.save(self._files.video(run.job.attempt), overwrite=True)
+            assert run.recording is not None, "the maker gave no frames"
+            run.recording.finish(sidecar.moved(video.document, self._output(run)))
             seconds = {**video.document["seconds"], "write": round(time.perf_counter() - started, 3)}
             seconds["total"] = round(sum(value for stage, value in seconds.items() if stage != "total"), 3)
             plan, magcache = {name: video.plan[name] for name in _OF_THE_PLAN}, video.plan["magcache"]

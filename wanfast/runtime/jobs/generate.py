@@ -181,6 +181,8 @@ class FramesFile:
             for frame in frames:
                 stream = self._stream or self._begin(frame.shape)
                 stream.write(frame.tobytes())
+            if self._stream is not None:
+                self._stream.flush()  # another process reads the frames while later ones are decoded
 
     def _begin(self, shape: tuple[int, ...]) -> BinaryIO:
         self._file.parent.mkdir(exist_ok=True)

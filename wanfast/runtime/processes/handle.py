@@ -11,8 +11,9 @@ import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure,
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.progress import StageFn
 from wanfast.runtime.planning.resolve import resolve
+from wanfast.runtime.processes.arriving import ArrivingFrames
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.processes.run_folder import new_run_folder
 from wanfast.runtime.store.lora_pairs import is_distilled
@@ -51,6 +53,7 @@ OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)} - _LORAS - OF_
 # of lossy attention.
 OF_ALL_VIDEOS = {"frames", "size", *_LORAS, *OF_LOSSY}
 _OF_RECIPES = {name for recipe in RECIPES.values() for name in (*recipe.options, *recipe.of_several_ranks)} & OF_HANDLE
+RecordFn = Callable[[Plan, "npt.NDArray[np.uint8]"], None]
 _PAUSE_S = 0.1  # between two looks whether a waiting `make` is cancelled
 
 
@@ -197,20 +200,27 @@ class Handle:
         self._ranks: RankGroups | None = RankGroups(self._folder, config.ranks, groups=1)
         self._unclosed = weakref.finalize(self, self._ranks.stop)  # if nobody closes the handle
 
-    def make(self, *, on_progress: StageFn = lambda stage, done, total: None, **options: Any) -> Video:
+    def make(
+        self,
+        *,
+        on_progress: StageFn = lambda stage, done, total: None,
+        on_frames: RecordFn = lambda plan, frames: None,
+        **options: Any,
+    ) -> Video:
         """Makes one video and waits for it.
 
         `options`: the options of `wanfast generate` that describe one video or set MagCache, such as `image` and
         `prompt`. Each option has its Python name: `magcache_k` means --magcache-k.
         If `recipe` is given, the loaded models must fit this recipe.
-        `on_progress(stage, steps done, number of steps)` is called in the thread that called `make`. If `on_progress`
-        raises an exception, the video is cancelled and `make` raises that exception.
+        `on_progress(stage, steps done, number of steps)` is called in the thread that called `make`. So is
+        `on_frames(plan, frames)`, with a few frames [f, H, W, 3] at a time, while later frames are decoded. If one of
+        the two raises an exception, the video is cancelled and `make` raises that exception.
         Raises ConfigError and other WanFastErrors: RankFailedError if a rank died, CancelledError after a call of
         `cancel`.
         """
         with self._call() as cancelled:
             self._living()  # before the work of a plan
-            return self._run(self._opened.plan(options), on_progress, cancelled)
+            return self._run(self._opened.plan(options), on_progress, cancelled, on_frames)
 
     def cancel(self) -> None:
         """Cancels all calls of `make` that have begun: each call raises CancelledError at its next step or stage."""
@@ -233,9 +243,15 @@ class Handle:
     ) -> None:
         self.close()
 
-    def _run(self, plan: Plan, on_progress: StageFn, cancelled: threading.Event) -> Video:
+    def _run(
+        self,
+        plan: Plan,
+        on_progress: StageFn,
+        cancelled: threading.Event,
+        on_frames: RecordFn = lambda plan, frames: None,
+    ) -> Video:
         """Lets the ranks make a planned video, and returns it."""
-        with self._turn(cancelled):
+        with self._turn(cancelled), ArrivingFrames(partial(on_frames, plan)) as arriving:
             (result,) = self._living().run(
                 "generate",
                 _WORKER,
@@ -243,11 +259,13 @@ class Handle:
                 [],
                 on_result=lambda index, result: None,
                 on_progress=lambda index, stage, done, total: on_progress(stage, done, total),
+                on_look=arriving.look,
                 cancelled=cancelled.is_set,
             )
             if "error" in result:
                 raise from_failure(result)
-            return _read(result)
+            Path(result.pop("frames")).unlink()
+            return Video(arriving.frames, result)
 
     @contextmanager
     def _call(self) -> Iterator[threading.Event]:
@@ -326,12 +344,3 @@ def _refuse(options: dict[str, Any], refused: set[str], owner: str, method: str)
     if refused:
         option = next(name for name in options if name in refused)
         raise ConfigError(f"{option} is an option of {owner}: pass it to {method}")
-
-
-def _read(result: dict[str, Any]) -> Video:
-    import numpy as np
-
-    file = Path(result["frames"])
-    frames = np.load(file)
-    file.unlink()
-    return Video(frames, {name: value for name, value in result.items() if name != "frames"})

@@ -126,14 +126,16 @@ class RankGroups:
         *,
         on_result: ResultFn,
         on_progress: ProgressFn,
+        on_look: Callable[[Path], None] = lambda frames: None,
         cancelled: Callable[[], bool] = lambda: False,
         is_last: bool = False,
     ) -> list[dict[str, Any]]:
         """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
 
         `verb`: the name of the command. `worker`: the name of the module whose function `run` does the jobs. `outputs`:
-        the files that the jobs write. `on_result` gets each result as soon as the job is done. `is_last`: whether no
-        batch follows; if true, each group ends when no job is left for it.
+        the files that the jobs write. `on_result` gets each result as soon as the job is done. `on_look` gets the path
+        of the first job's frames ten times a second, and once more after the last result. `is_last`: whether no batch
+        follows; if true, each group ends when no job is left for it.
         If a group dies, its current job fails with the group's error. Perhaps the group was still writing the files of
         the job before; then that job is done again. The group is started again for the remaining jobs, except in these
         cases:
@@ -151,7 +153,7 @@ class RankGroups:
         try:
             if is_last:
                 replace_text(self._folder / CLOSE, "")
-            results = self._watch(batch, on_result, on_progress, cancelled)
+            results = self._watch(batch, on_result, on_progress, on_look, cancelled)
             if cancelled():  # perhaps too late for the ranks
                 raise CancelledError
         except Exception:
@@ -210,7 +212,12 @@ class RankGroups:
         return batch
 
     def _watch(
-        self, batch: _Batch, on_result: ResultFn, on_progress: ProgressFn, cancelled: Callable[[], bool]
+        self,
+        batch: _Batch,
+        on_result: ResultFn,
+        on_progress: ProgressFn,
+        on_look: Callable[[Path], None],
+        cancelled: Callable[[], bool],
     ) -> list[dict[str, Any]]:
         """Waits for a batch and returns the result of every job, in order; `run` has the details."""
         results: dict[int, dict[str, Any]] = {}
@@ -227,6 +234,7 @@ class RankGroups:
             for index, error in self._lost(batch, results.keys(), dead, may_restart=not cancelled()):
                 results[index] = failure(error)
                 on_result(index - first, results[index])
+            on_look(frames_file(self._folder, first))
             if len(results) == len(batch.indices):
                 return [results[index] for index in batch.indices]
             time.sleep(_PAUSE_S)
@@ -234,7 +242,7 @@ class RankGroups:
     def _end(self, batch: _Batch) -> None:
         """Cancels a batch and waits for its end, so that the ranks are ready for the next; else stops the ranks."""
         try:
-            self._watch(batch, lambda *result: None, lambda *state: None, cancelled=lambda: True)
+            self._watch(batch, lambda *result: None, lambda *state: None, lambda frames: None, cancelled=lambda: True)
         except BaseException:
             self.stop()
             raise

@@ -80,11 +80,11 @@ def _restore(target: Path, old: Path) -> None:
         target.unlink()
 
 
-def partial_path(target: Path, pid: int | None = None) -> Path:
+def partial_path(target: Path, pid: int | str | None = None) -> Path:
     """Returns the hidden path beside `target` to which a process writes before the rename.
 
-    `pid`: the id of the process that writes, by default the calling process. Both paths are in one folder, so that the
-    rename is atomic.
+    `pid`: the id of the process that writes, by default the calling process; "*" gives a pattern for every process.
+    Both paths are in one folder, so that the rename is atomic.
     """
     return target.with_name(f".{target.name}.{pid or os.getpid()}.part")
 
