@@ -36,8 +36,8 @@ Shapes = dict[str, torch.Size]
 def write_model(folder: Path, spec: ModelSpec, *, is_random: bool = False, smoothness: float = 1.0) -> None:
     """Writes the model in the Diffusers layout: with random values if `is_random` is true, otherwise with zeros.
 
-    The zeros are holes in the files and take no disk space. The VAE has random values in both cases, and `smoothness`
-    divides the weights of its last layer. The other random values are drawn on the GPU, if there is one.
+    The zeros are holes in the files and take no disk space. The VAE always has random values; `write_vae` explains
+    `smoothness`. If there is a GPU, the random values of the experts and of UMT5 are drawn on the GPU.
     """
     expert, umt5 = _on_meta(spec)
     write = _write_random if is_random else _write_holes
@@ -54,7 +54,8 @@ def write_model(folder: Path, spec: ModelSpec, *, is_random: bool = False, smoot
 def write_vae(folder: Path, spec: ModelSpec, smoothness: float) -> None:
     """Writes a VAE with random weights into the folder, and overwrites an earlier VAE there.
 
-    The weights of the last layer are divided by `smoothness`, so that the decoded noise is weaker.
+    The videos that this VAE decodes are noise. `smoothness` divides the weights of the VAE's last layer: 1 leaves them
+    unchanged, and a larger number makes the noise weaker.
     """
     vae = WanVAE(spec.vae)
     randomise(vae, 0)

@@ -41,12 +41,13 @@ def run_jobs(
     on_result: ResultFn,
     ray: str | None = None,
 ) -> list[Document]:
-    """Runs `jobs` on the ranks that the first plan describes, and returns one result per job, in order.
+    """Runs the jobs of the command `verb`, and returns one result for each job, in the order of `jobs`.
 
-    `of_list`: whether the jobs come from a list of videos or clips. Such jobs always run in separate processes, even if
-    only one job of the list remains to be done.
-    `ray`: the address of a Ray cluster. Each machine of the cluster then runs the ranks that the first plan describes.
-    `on_result(index, result)`: is called as soon as a job is done.
+    `plans`: one plan for each job. All jobs run on the ranks that the first plan describes.
+    `of_list`: whether the jobs are videos or clips of a list. Such jobs always run in separate processes, even if only
+    one job of the list remains to be done.
+    `on_result(index, result)` is called as soon as a job is done.
+    `ray`: the address of a Ray cluster, or None. In a cluster, the first plan describes the ranks of each machine.
     """
     atexit.register(gc.freeze)  # else the interpreter, before it ends, searches all modules for garbage
     config = plans[0].config

@@ -18,8 +18,8 @@ from wanfast.runtime.store.json_files import read_object
 def clip_file(store: ArtifactStore, kind: str, inputs: dict[str, Any]) -> Path:
     """Returns the path of the file that stores one clip's measurements.
 
-    `kind`: the kind of the artifact for which the clip is measured. `inputs`: everything on which the measurements
-    depend. The file's name is a hash of `inputs`.
+    `kind`: the kind of artifact that the calibration makes, such as "magcache". `inputs`: all values on which the
+    measurements depend; the file's name is a hash of these values.
     """
     return store.root / f"{kind}_clips" / f"{key_of(inputs)[:12]}.json"
 

@@ -1,9 +1,11 @@
-"""Defines the motions of the camera, as straight paths over a clip.
+"""Defines the motions of the camera during a clip.
 
-A path gives four values for each moment u in [0, 1]. x (right) and y (down) say how far the camera has moved, in units
-of the frame's short side. The other two values are the logarithm of the camera's zoom, and the camera's roll in radians
-(clockwise). The things in the picture move in the opposite direction. The training clips and the judge of the videos
-both use the table `CAMERAS`, so that a caption means the same motion to both.
+A motion gives four values at each moment of the clip. All four are 0 at the start and change at a constant rate. x
+(right) and y (down) say how far the camera has moved, in units of the frame's short side. The other two values are the
+logarithm of the camera's zoom, and the camera's roll in radians (clockwise). The things in the picture move in the
+opposite direction.
+The table `CAMERAS` holds all motions. Training clips are made with this table, and generated videos are judged with it.
+So a caption means the same motion in both.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ class Camera:
     phrases: tuple[str, ...]
 
     def at(self, moments: npt.ArrayLike) -> CameraPath:
-        """Returns [moments, 4]: x, y, log zoom and roll at each moment; a moment is a number in [0, 1]."""
+        """Returns the camera's path [n, 4]: x, y, log zoom and roll at each of n moments.
+
+        `moments` holds n numbers from 0 (the start of the clip) to 1 (its end).
+        """
         path: CameraPath = np.asarray(moments, dtype=np.float64)[:, None] * np.array(self.end)
         return path
 

@@ -8,8 +8,9 @@ videos are made:
 * "extrapolated" skips the same forwards as "least error", and extrapolates their residuals.
 
 More videos are made with three values of `--guidance-gate`, which stops guidance early. If the model's folder holds
-LoRAs for the recipe `hybrid`, videos of this recipe are made too. One of the three values and the recipe are also
-combined with "least error" and with "extrapolated".
+LoRAs for the recipe `hybrid`, a video of this recipe is made too. These videos do not use MagCache. With the middle
+value of the gate, two more videos are made with MagCache: "least error" and "extrapolated". The recipe gets two such
+videos too.
 
 Each video is compared with the unskipped video of the same seed (PSNR, SSIM) and with the true clip (PSNR), and the
 tracker classifies the video's motion. The command writes JSON and plots quality over the share of saved forwards.
@@ -103,9 +104,10 @@ def cached(full: Plan, judge: Judge, rule: MagCacheRule, name: str) -> dict[Plan
 
 
 def other_ways(full: Plan, judge: Judge) -> list[SkippingWay]:
-    """Returns the plans that save forwards by `--guidance-gate` or by the recipe `hybrid`, some also by MagCache.
+    """Returns the plans that save forwards by `--guidance-gate` or by the recipe `hybrid`.
 
-    The plans of `hybrid` are left out if the model's folder lacks the recipe's LoRAs.
+    The gate CACHED_GATE and the recipe have three plans each: one without MagCache and two with it. The other gates
+    have one plan each, without MagCache. If the model's folder lacks the recipe's LoRAs, the recipe is left out.
     """
     plans = {f"gate {gate:g}": judge.plan_of(full.config.replace(guidance_gate=gate)) for gate in GATES}
     both_caches = {f"gate {CACHED_GATE:g}"}
@@ -196,7 +198,8 @@ def summarise(results: list[list[dict[str, Any]]], judge: Judge, *, with_others:
 def plot(rows: list[dict[str, Any]], others: list[dict[str, Any]], file: Path) -> None:
     """Plots PSNR, SSIM and the share of videos that follow the prompt, over the share of saved forwards.
 
-    PSNR and SSIM compare each video with the unskipped video. `others` are the rows of gates and of the hybrid.
+    PSNR and SSIM compare each video with the unskipped video. `rows` and `others` are rows of `summarise`: `others` for
+    the plans of `other_ways`, and `rows` for all other videos. `file`: the picture to write.
     """
     from matplotlib.figure import Figure
 

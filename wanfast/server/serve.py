@@ -117,8 +117,9 @@ def parts_of(
     defaults: Mapping[str, Any],
     start: Callable[[Opened], Handle] = Handle,
 ) -> Iterator[Parts]:
-    """Opens the queue, starts the ranks, and yields what the routes use; the worker of the queue does not run yet.
+    """Opens the queue, starts the ranks, and yields the objects that the HTTP routes use.
 
+    To make the queued videos, the caller must call `run` of the worker. The end of the `with` block ends the ranks.
     Raises WanFastError.
     """
     served, files = Served.of(opened, defaults, settings.max_clips), Files(settings.data_dir)

@@ -1,8 +1,10 @@
 """Makes the videos of the queued jobs, one after another, on the ranks of one handle.
 
-`run` makes videos in the thread that calls it. x264 encodes a video's first frames while its later ones are decoded. A
-second thread, the writer, completes the files of a video while the next one is made. A third thread, the watch, asks
-the database whether the running jobs were cancelled, and renews their leases.
+Three threads work at the same time:
+* The thread that calls `run` makes the videos. x264 encodes a video's first frames while later frames are decoded.
+* The writer completes the files of a video, while the next video is made.
+* The watch stops the current video if its job was cancelled. It also tells the database every few seconds that the
+  running attempts are alive, so that no other server makes their videos.
 This module does not import torch.
 """
 
@@ -66,7 +68,7 @@ class Maker(Protocol):
     """This interface makes videos; `Handle` implements it."""
 
     def make(self, *, on_progress: StageFn, on_frames: RecordFn, **options: Any) -> Video:
-        """Makes one video and waits for it. Raises WanFastError."""
+        """Makes one video and waits for it; the arguments are those of `Handle.make`. Raises WanFastError."""
 
     def cancel(self) -> None:
         """Cancels the video that is being made."""
@@ -84,7 +86,10 @@ class _Run:
     recording: sidecar.Recording | None = None  # from the first frames on
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Records the stage and the progress in percent."""
+        """Records a clip's stage, and the progress of the whole video in percent.
+
+        `done` of the `total` steps of the clip are finished.
+        """
         self.stage, self.progress = stage, int(_OF_DENOISING * share_done(stage, done, total))
 
 

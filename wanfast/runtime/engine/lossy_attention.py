@@ -1,8 +1,8 @@
 """This module holds the base class of lossy self-attention, which is faster than exact attention but not exact.
 
-The base class knows which forward runs, and collects the errors of the lossy calls. Errors are measured only with
---attention-check, on 64 queries of each head. Each call draws new queries. The generator's seed consists of the video's
-seed, the step, the branch and the layer.
+The methods `begin` and `enter` tell an object which forward and which layer run. The object collects the errors of the
+lossy calls. Errors are measured only with --attention-check, on 64 random queries of each head. The queries of a call
+depend on the video's seed, the step, the branch and the layer.
 
 Shapes: H heads of all ranks, S sampled queries.
 """
@@ -63,7 +63,7 @@ class LossyAttention:
         """Tells this object which forward runs next.
 
         `branches`: all branches of guidance that the step computes. `branch`: the one that this forward computes.
-        `ranks`: the rank group, as it is arranged in this step.
+        `ranks`: the rank group, with the mesh of this step.
         """
         self._forward = Forward(step, expert, branches, branch, ranks)
         lossy.run(self)
@@ -73,11 +73,14 @@ class LossyAttention:
         self._layer = layer
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns the attention [B, L, H, D] of the layer that runs; the operator `lossy_attention` calls this."""
+        """Returns the attention [B, L, h, D] of this rank's h heads, in the layer that `enter` named last.
+
+        The operator `lossy_attention` calls this method.
+        """
         raise NotImplementedError
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """Returns the relative error [H] of each head in the layer that runs.
+        """Returns the relative error [H] of each head, in the layer that `enter` named last.
 
         The operator `check_attention` calls this method. `out` is the attention that was computed from `q`, `k` and
         `v`; it is compared with exact attention. All four arguments are [B, L, H, D], and hold this rank's tokens.
@@ -115,8 +118,8 @@ class LossyAttention:
     def errors(self) -> dict[tuple[int, Branch, int], list[Any]]:
         """Returns {(step, branch, layer): the relative errors of all heads, in the model's order}.
 
-        The heads of all ranks are included. A head has one error, or a list of errors after `SparseAttention.measure`.
-        All ranks must call this method.
+        The heads of all ranks are included. A head usually has one error. If `SparseAttention.measure` was called, a
+        head has a list of errors: one for each setting that is tried. All ranks must call this method.
         """
         by_rank = self._ranks.gather({key: (heads, errors.tolist()) for key, (heads, errors) in self._errors.items()})
         found: dict[tuple[int, Branch, int], dict[int, Any]] = {}

@@ -84,9 +84,9 @@ class Session:
 
     @classmethod
     def open(cls, config: EffectiveConfig, ranks: Ranks) -> Session:
-        """Prepares the device and finds the model's files; loads nothing yet.
+        """Returns a new session: prepares the device and finds the model's files, but loads no model yet.
 
-        If a rank cannot do this, raises WanFastError on all ranks.
+        If one rank finds an error, all ranks raise WanFastError.
         """
         ranks.together(lambda: hardware.prepare(config.ranks.device, config.models.precision, config.models.tf32))
         files = ranks.together(lambda: model_files.locate_for(config.models))
@@ -98,8 +98,8 @@ class Session:
         """Makes the text embeddings of a list of clips.
 
         `clips` holds the texts of each clip, in the order in which the clips will be made. UMT5 is loaded only if a
-        text has no stored embedding. The embeddings that the first clips need stay in memory. If an embedding is not
-        finite, all other embeddings are made, and then all ranks raise NotFiniteError.
+        text has no stored embedding. If an embedding is not finite, the other embeddings are still made, and then all
+        ranks raise NotFiniteError.
         """
         self._require_finite(self._texts.expect(clips))
 
@@ -121,7 +121,7 @@ class Session:
         """Replaces the session's LoRAs by the LoRAs of `models`; all other values of `models` must equal the session's.
 
         Only the experts whose LoRAs differ are read again, into the same memory. Compiled blocks, the VAE and text
-        embeddings stay. After an error the session is closed, and the next use of the session loads the models.
+        embeddings stay. An error frees all models; the session then loads them again when it needs them.
         """
         old, self.config = self.config.models, dataclasses.replace(self.config, models=models)
         if self._pipeline is None or old == models:

@@ -43,9 +43,11 @@ class Fp8Schedule:
     ) -> Fp8Schedule:
         """Returns the schedule that the options describe.
 
-        `steps` and `layers` say what is in float8, as texts such as "4:36", which means 4 to 35. By default, all layers
-        are in float8, and all steps except the first eighth and the last eighth (each rounded up to whole steps).
-        `hadamard` says whether a Hadamard matrix is used. By default, it is used if `head_dim` is a power of two.
+        `steps`: the steps in float8, as a text: "4:36" means steps 4 to 35. By default, these are all steps except the
+        first eighth and the last eighth; each eighth is rounded up to whole steps.
+        `layers`: the layers in float8, as a text of the same form. By default, these are all layers.
+        `hadamard`: whether queries and keys are multiplied by a Hadamard matrix before they are rounded to float8. By
+        default, they are multiplied if `head_dim` is a power of two.
         Raises ConfigError in three cases: `steps` or `layers` names a step or a layer that the video does not have;
         `steps` is None, and no step is left for float8; `hadamard` is True, and `head_dim` is not a power of two.
         """

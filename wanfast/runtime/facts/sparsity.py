@@ -53,9 +53,9 @@ class Sparsity:
     ) -> Sparsity:
         """Returns the sparsity for a (T, Y, X) grid of tokens.
 
-        The first steps (a share `dense_share` of all) and the first `dense_layers` layers are dense. In all other steps
-        and layers, the plan `densities` holds. New lists are made every `lists_every` steps. `has_last` says whether
-        the image of the last frame is given.
+        The first steps are dense in all layers; `dense_share` (0 to 1) is their share of all steps. The first
+        `dense_layers` layers are dense in all steps. `densities` gives the densities of all other steps and layers. New
+        lists are made every `lists_every` steps. `has_last`: whether the image of the last frame is given.
         Raises ConfigError if all steps or all layers would be dense.
         """
         dense_steps, num_layers = math.ceil(dense_share * num_steps - 1e-9), len(densities.by_band[0])

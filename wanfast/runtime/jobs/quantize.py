@@ -61,9 +61,9 @@ def run(
 ) -> list[dict[str, Any]]:
     """Quantizes the requested experts that are not stored yet; returns a result document for each requested expert.
 
-    `progress(expert, done, total)` receives the bytes of the source that are read, and all its bytes. `say` receives a
-    note if another process is quantizing the same expert. Raises WanFastError if an expert cannot be read, quantized or
-    stored.
+    `progress(expert, done, total)` is called while an expert is quantized; `done` of the `total` bytes of its weights
+    are read. `say(note)` is called if another process is quantizing the same expert and this process waits for it.
+    Raises WanFastError if an expert cannot be read, quantized or stored.
     """
     files = model_files.locate_for(config)
     torchao = require_torchao(f"--scheme {config.scheme}") if in_8_bits(config.scheme) else None

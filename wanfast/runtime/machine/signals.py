@@ -35,10 +35,11 @@ def end_with_parent() -> None:
 
 @contextmanager
 def stopped_by_signals(stop: Callable[[], None], before_end: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Lets the first SIGINT or SIGTERM call `stop`, and the second one end this process at once, without clean-up.
+    """Makes the first SIGINT or SIGTERM call `stop`, and the second one end this process without clean-up.
 
-    Only the main thread may enter the `with` block. A separate thread calls `stop`. At the second signal, this thread
-    calls `before_end`, and ends the process. The exit code is 143 if one of the two signals is SIGTERM, otherwise 130.
+    Only the main thread may enter the `with` block. `before_end` is called after the second signal, before the process
+    ends. A separate thread calls `stop` and `before_end`. The exit code is 143 if one of the two signals is SIGTERM,
+    otherwise 130.
     """
     # A thread reads the signals from a pipe, because Python runs handlers in the main thread, which may be blocked.
     # A second handler could interrupt the first one anywhere. An exception in a handler could interrupt a clean-up.

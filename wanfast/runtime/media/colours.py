@@ -6,8 +6,9 @@ says so:
 * a profile for another colour space than that of the pixels;
 * a PNG's gamma;
 * the primaries that a HEIC file names by number.
-A PNG's cICP chunk and an AVIF's primaries are not applied, without a note, because Pillow does not report them.
-If a channel has 16 bits, Pillow keeps the upper byte of a colour, and this module scales grey to 8 bits.
+A PNG's cICP chunk and an AVIF's primaries are not applied either. No note says so, because Pillow does not report them.
+An image with 16 bits a channel becomes an image with 8 bits. If it has colours, Pillow keeps the upper byte of each
+value. If it is grey, this module scales the values.
 """
 
 from __future__ import annotations

@@ -64,8 +64,7 @@ def load_earlier(path: str) -> EarlierVideo:
 def earlier_frames(path: str) -> Iterator[npt.NDArray[np.uint8]]:
     """Yields the frames [H, W, 3] of an earlier video, as 8-bit RGB.
 
-    Raises ConfigError if PyAV cannot decode the file, or if no clip can continue the video; see `load_earlier`. The
-    frame rate is not checked.
+    Raises ConfigError like `load_earlier`, but does not check the frame rate.
     """
     subject = f"{OPTION} {path}"
     with _opened(path, subject) as container:

@@ -21,7 +21,10 @@ from wanfast.runtime.models.attention_kernels import fa4
 
 
 class BlockLists(NamedTuple):
-    """Lists the blocks of keys for each head and each block of queries, in the format of FlashAttention-4."""
+    """Holds one list of key blocks for each head and each block of queries, in the format of FlashAttention-4.
+
+    A block of queries attends only to the key blocks in its list.
+    """
 
     counts: Tensor  # [B, H, M] int32: entries that count in each list
     blocks: Tensor  # [B, H, M, W] int32: numbers of key blocks, ascending in each list; zeros follow in shorter lists
@@ -39,9 +42,9 @@ def block_sparse_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists
 
 
 def listed_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
-    """Computes `block_sparse_attention` without the check of the lists, so that the host does not wait for the GPU.
+    """Returns the same as `block_sparse_attention`, but does not check the lists.
 
-    No list may be empty. The router's lists are never empty.
+    The caller must ensure that no list is empty. Without the check, the host does not wait for the GPU.
     """
     return (_by_fa4 if q_BLHD.is_cuda else emulated)(q_BLHD, k_BLHD, v_BLHD, lists, block)
 

@@ -74,16 +74,17 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def part(self, x: Tensor, part: int, parts: int) -> Tensor:
-        """Returns only the output channels of group `part`: [..., out / parts].
+        """Returns the output channels of one group, and leaves out all others: [..., out / parts].
 
-        The output channels are divided into `parts` equal groups, counted from 0.
+        The output channels are divided into `parts` equal groups. `part` is the group's number, counted from 0.
         """
         return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
 
     def chosen(self, x: Tensor, groups: Tensor, parts: int) -> Tensor:
-        """Returns only the output channels of the groups whose numbers are in `groups`, in the order of `groups`.
+        """Returns the output channels of n groups, and leaves out all others: [..., n * out / parts].
 
-        The output channels are divided into `parts` equal groups, counted from 0.
+        The output channels are divided into `parts` equal groups, counted from 0. `groups` [n] holds the numbers of the
+        groups to return; the result has the order of `groups`.
         """
         return F.linear(x.to(self.weight.dtype), *(rows_of(each, groups, parts) for each in (self.weight, self.bias)))
 
@@ -140,10 +141,9 @@ class SelfAttention(Attention):
         self.head_order: HeadOrder | None = None  # among the ranks of Ulysses
 
     def fuse_projections(self) -> None:
-        """Fuses the projections q, k and v into one linear layer, so that the tokens are read once.
+        """Fuses the projections q, k and v into one linear layer, which reads the tokens only once.
 
-        The weights must be loaded before this call. After the call, the state dict has the same keys as before, with
-        three separate projections.
+        The weights must be loaded before this call. The keys of the state dict do not change.
         """
         projections = (self.q, self.k, self.v)
         self.qkv = self.q  # of any class: each of its parameters has one row for each output

@@ -53,16 +53,17 @@ class QuantizedLinear(nn.Module):
         return self._outputs(x, self.weight, self.scale, self.bias)
 
     def part(self, x: Tokens, part: int, parts: int) -> Tokens:
-        """Returns only the output channels of group `part`: [..., out / parts].
+        """Returns the output channels of one group, and leaves out all others: [..., out / parts].
 
-        The output channels are divided into `parts` equal groups, counted from 0.
+        The output channels are divided into `parts` equal groups. `part` is the group's number, counted from 0.
         """
         return self._outputs(x, *(each.chunk(parts)[part] for each in (self.weight, self.scale, self.bias)))
 
     def chosen(self, x: Tokens, groups: Tensor, parts: int) -> Tokens:
-        """Returns only the output channels of the groups whose numbers are in `groups`, in the order of `groups`.
+        """Returns the output channels of n groups, and leaves out all others: [..., n * out / parts].
 
-        The output channels are divided into `parts` equal groups, counted from 0.
+        The output channels are divided into `parts` equal groups, counted from 0. `groups` [n] holds the numbers of the
+        groups to return; the result has the order of `groups`.
         """
         return self._outputs(x, *(rows_of(each, groups, parts) for each in (self.weight, self.scale, self.bias)))
 

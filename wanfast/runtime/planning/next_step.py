@@ -1,7 +1,7 @@
-"""Finds the command that the user should type next.
+"""Finds the command that the user should type next, to get a video on this machine.
 
-This command removes the first obstacle to a video on this machine. The command's image and prompt ship with the
-package, so that the command runs unchanged.
+If nothing is missing, the command makes a video. Otherwise, it solves the first problem: for example, it downloads the
+weights. The image and the prompt of the video ship with the package, so that the user need not change the command.
 This module does not import torch.
 """
 

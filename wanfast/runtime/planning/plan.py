@@ -60,8 +60,8 @@ class Plan:
         """Derives a plan from a config, a model and the (width, height) of the image.
 
         `config`: the options with all defaults filled in, as `completed.effective` returns them. `notes`, `placement`:
-        texts for the user, which the plan only holds. `curve`: MagCache's curve, or None without MagCache. `densities`:
-        the densities that the file of --attention-plan gives, or None without this option.
+        texts that are shown to the user; nothing is derived from them. `curve`: MagCache's curve, or None without
+        MagCache. `densities`: the densities that the file of --attention-plan gives, or None without this option.
         """
         video = config.video
         levels = levels_of(video)
@@ -148,7 +148,7 @@ class Plan:
         """Returns the steps whose forwards are never skipped, whatever the curve and the settings of MagCache say.
 
         Steps count from 0. Two kinds of steps are never skipped:
-        * steps after the end of the curve, which belong to distilled weights;
+        * the steps of distilled weights, because the curve has no ratios for them;
         * if the guidance of an expert stops early, its last step with guidance and its first step without guidance.
         """
         # Later steps reuse the difference of the two branches in the last step with guidance. The ranks regroup before
@@ -197,9 +197,10 @@ class Plan:
         return ResidualCache(self.skips, levels if _extrapolates(self.config) else None)
 
     def num_residuals(self, mesh: Mesh) -> int:
-        """Returns the largest number of MagCache residuals, of all branches, that a rank of `mesh` holds at one time.
+        """Returns the largest number of MagCache residuals that a rank of `mesh` holds at one time.
 
-        With --magcache-extrapolate, the number includes the extrapolated residual, which exists for a short time.
+        A rank that computes both branches of guidance holds the residuals of both. With --magcache-extrapolate, the
+        number includes the extrapolated residual, which exists for a short time.
         """
         held = self.residuals_a_branch * self._num_branches(mesh)
         return held + (1 if self.curve is not None and _extrapolates(self.config) else 0)

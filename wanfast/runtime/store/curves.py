@@ -80,7 +80,11 @@ class Curve:
 
 
 def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
-    """Decides all options of MagCache; --magcache becomes `preset` or the key of a curve. Raises WanFastError."""
+    """Returns the config with the defaults of MagCache's options filled in.
+
+    In the result, --magcache is "preset" or the key of a stored curve. If --magcache is off, the config is returned
+    unchanged. Raises WanFastError.
+    """
     asked = config.skipping
     if asked is None:
         return config
@@ -148,8 +152,8 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
 def preset(files: ModelFiles) -> dict[str, Any] | None:
     """Returns the JSON document of the curve that ships for a model, or None if no curve ships.
 
-    If a published model with the same sizes and boundary has a curve, this curve is returned, whatever the weights are.
-    Otherwise, a curve is returned only if it names exactly this model's weights.
+    If a published model with the same sizes and boundary has a curve, this curve is returned, even if the weights
+    differ. Otherwise, a curve is returned only if it was measured with exactly the weights of `files`.
     The document holds the `ratios`, and the steps, the shift, the solver and the boundary of their measurement.
     """
     if (published := _published_with_sizes_of(files.spec)) and _published_file(published).exists():
