@@ -303,8 +303,8 @@ def test_two_groups_fit_a_machine_with_twice_the_cores(on: Any) -> None:
         ),
         (
             (*LIST, "--ray", "auto", "--nnodes", "2", "--rdzv-endpoint", "a:1"),
-            "--ray and --nnodes exclude each other: --ray makes each video on one machine, and "
-            "--nnodes makes each video on several machines",
+            "--ray and --nnodes exclude each other: drop --nnodes to make each video on one machine, or drop --ray to "
+            "make each video on several machines",
         ),
         ((*LIST, "--ray", "ray://head:10001"), "is neither HOST:PORT nor auto: give HOST:PORT of the cluster's head"),
     ],

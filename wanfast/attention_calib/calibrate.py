@@ -1,9 +1,9 @@
 """Runs the jobs of `wanfast calibrate-attention` on a rank: denoises each clip, and measures errors of attention.
 
 Each clip is denoised with dense attention. In each call of self-attention, some queries are also computed with lossy
-attention, and the error of their outputs is measured. Sparse attention is measured for each density of `LADDER`: a
-router chooses the blocks of keys that it computes. As in `wanfast generate`, the chosen blocks are used for several
-steps, and then the router chooses again. Float8 attention is measured if its kernel runs on all ranks.
+attention, and the error of their outputs is measured. Sparse attention is measured for each density of `LADDER`. Here,
+as in `wanfast generate`, a router chooses which blocks of keys sparse attention computes. The chosen blocks are used
+for several steps, and then the router chooses again. Float8 attention is measured if its kernel runs on all ranks.
 """
 
 from __future__ import annotations

@@ -46,7 +46,10 @@ def bench(
     seed: options.SeedOfClips = 0,
     repeats: Annotated[
         int,
-        typer.Option(help="How many times each recipe makes each clip; the recipes run in turn.", rich_help_panel=MAKE),
+        typer.Option(
+            help="How many times each recipe makes each clip. All recipes finish one repeat before the next begins.",
+            rich_help_panel=MAKE,
+        ),
     ] = 2,
     steps_measured: Annotated[
         int | None,

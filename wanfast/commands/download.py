@@ -50,7 +50,7 @@ def download(
     lora: Annotated[
         str | None,
         typer.Option(
-            help="Instead of the model, fetch a pair of LoRAs that distils the experts to four steps: "
+            help="Instead of the model, fetch two LoRAs, one for each expert, which allow videos in four steps: "
             f"{' or '.join(PAIRS)}.",
             metavar="<name>",
             rich_help_panel=MAKE,

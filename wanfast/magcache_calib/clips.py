@@ -1,7 +1,8 @@
-"""Reads a calibration set: a folder with images and a file `clips.jsonl` with a prompt for each image.
+"""Reads a calibration set: a folder that holds a file `clips.jsonl` and images.
 
-A line may also name a `last_image`. Then all lines must name one, because a set is either for videos with a last image
-or for videos without one. In a set for a model that makes videos from text alone, each line has only a prompt.
+Each line of `clips.jsonl` describes one clip: a JSON object with the keys `image` and `prompt`. A line may also have
+the key `last_image`. Then all lines must have it, because a set is either for videos with a last image or for videos
+without one. In a set for a model that makes videos from text alone, each line has only the key `prompt`.
 
 Three small sets ship with the package: drawn scenes for the model `tiny`, photographs for other models that take
 images, and texts for models that take no image.

@@ -116,10 +116,11 @@ def judged(judge: Judge, task: FewStepsTask) -> dict[str, Any]:
 
 
 def summarise(results: list[dict[str, Any]], forwards: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
-    """Returns {what moves in the clips: rows}; what moves is "shape" or "camera".
+    """Returns {"shape": rows of the clips with a moving shape, "camera": rows of the clips with a moving camera}.
 
-    There is a row for each video of `configs`, with its figures over all pairs. `results` are the results of `judged`.
-    `forwards` is {name of a video: the number of its forwards}.
+    If `results` hold no clip with a moving camera, the key "camera" is missing. Each of the six videos of `configs` has
+    one row, with its figures over all pairs of image and prompt.
+    `results`: the result of `judged` for each pair. `forwards`: {name of a video: the number of its forwards}.
     """
     movers = dict.fromkeys(result["mover"] for result in results)
     return {
@@ -165,12 +166,18 @@ def said(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--recipe", choices=RECIPES_OF_PAIRS, default=PAIR, help="few-step recipe of the student")
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES_OF_PAIRS,
+        default=PAIR,
+        help="few-step recipe with which the distilled weights make videos",
+    )
     parser.add_argument(
         "--pairs",
         type=int,
         default=100,
-        help="number of held-out pairs with a moving shape; --photographs adds the same number with a moving camera",
+        help="number of held-out scenes with a moving shape; six videos are made from each scene; --photographs adds "
+        "the same number of scenes with a moving camera",
     )
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()

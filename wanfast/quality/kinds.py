@@ -8,13 +8,14 @@ video, the control, gets no last image. The figures say how near the last frame 
 For each chain, four clips with one prompt are made and joined as `wanfast generate` joins them. A seam is the place
 where two clips meet. The figures say:
 
-* in how many videos the mean change between frames at the seams is at most the 95th percentile inside the clips;
+* how many videos have smooth seams: the mean change from frame to frame at the seams is at most the 95th percentile of
+  the changes inside the clips;
 * at how many seams the motion goes on;
 * how far the mean and the standard deviation of the colours drift from those of the first clip.
 
-The shape must stay in the frame, so that only shapes that circle, spin or stand still are used. If the camera moves,
-later clips show other things, and their colours change without drift. The figures therefore state the drift of still
-videos separately.
+If a shape moves, it must stay in the frame. Therefore, only chains with shapes that circle, spin or stand still are
+made. If the camera moves, later clips show other things, so their colours change even without drift. Therefore, the
+drift of still videos is also stated separately.
 """
 
 from __future__ import annotations
@@ -126,11 +127,13 @@ def chain_figures(frames: Frames, mover: Mover, scene: Scene) -> dict[str, Any]:
 
 
 def goes_on(window: Frames, mover: Mover, scene: Scene, share: float) -> bool | None:
-    """Returns whether the motion before the middle frame goes on after it; None if the prompt asks for no motion.
+    """Returns whether the motion before the middle frame of `window` goes on after the middle frame.
 
-    Each half of the window [2 * n + 1, H, W, 3] lasts `share` of a clip. The motion goes on if both halves have at
-    least a quarter of the requested speed, and their directions differ by at most 60 degrees. Returns False if the
-    motion could not be followed.
+    `window` [2 * n + 1, H, W, 3] has n frames on each side of the middle frame. `share`: the duration of n frames,
+    divided by the duration of a clip.
+    The motion goes on if two conditions hold. Before and after the middle frame, the speed is at least a quarter of the
+    speed that the prompt asks for. The two directions differ by at most 60 degrees.
+    Returns None if the prompt asks for no motion, and False if the motion cannot be followed in the frames.
     """
     known, tolerance = _judge_of(mover, scene)
     start, end = known([0.0, share])
@@ -169,10 +172,10 @@ def _colours(frames: Frames) -> list[list[float]]:
 
 
 def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float) -> dict[str, Any]:
-    """Returns the figures of all videos, in two parts.
+    """Returns the document that the command prints: the figures of all videos, and how they were measured.
 
-    "between" holds the videos with a given last image, and "chains" those of several clips. Each part is {"shape":
-    figures, "camera": figures}, by what moves in the videos.
+    "between" holds the figures of videos with a given last image, and "chains" the figures of videos of several clips.
+    Both are {"shape": figures of the videos with a moving shape, "camera": figures of those with a moving camera}.
     """
 
     def of(kind: str, mover: Mover) -> list[dict[str, Any]]:
@@ -237,10 +240,10 @@ def _drift(rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
 
 
 def tasks_of(pairs: int, chains: int, movers: tuple[Mover, ...]) -> list[KindTask]:
-    """Returns the tasks of all `movers`: each mover has `pairs` tasks "between" and `chains` tasks "chain".
+    """Returns `pairs` tasks "between" and `chains` tasks "chain" for each of `movers`.
 
-    The chains of a moving shape use only scenes in which the shape stays in the frame, however often it repeats its
-    motion.
+    A mover says what moves in a scene: "shape" or "camera". If a shape moves, chains use only scenes in which the
+    shape stays in the frame during all clips.
     """
     tasks: list[KindTask] = []
     for mover in movers:
@@ -260,7 +263,8 @@ def main() -> None:
         "--pairs",
         type=int,
         default=25,
-        help="number of held-out pairs with a moving shape; --photographs adds the same number with a moving camera",
+        help="number of held-out scenes with a moving shape; two videos are made from each scene, with and without a "
+        "last image; --photographs adds the same number of scenes with a moving camera",
     )
     parser.add_argument(
         "--chains",

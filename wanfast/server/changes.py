@@ -36,9 +36,9 @@ class Changes:
         """Returns what has changed since the last look, as a JSON object; None if nothing has changed.
 
         The object has the server's status, the number of queued jobs of all owners, the videos that are new or changed,
-        the ids of deleted videos, and `older`. A look covers only the newest `MOST_VIDEOS` ended videos. `older` says
-        where the first look stopped: it is the id to give to `Store.page` for the older ended videos. If there are no
-        older videos, and in every later look, `older` is None.
+        the ids of deleted videos, and `older`. A look covers only the newest `MOST_VIDEOS` ended videos. If there are
+        more, the first look sets `older` to the id of the oldest ended video that it covers. `Store.page` returns the
+        older videos if it gets this id as `after`. In later looks, `older` is None.
         """
         seen = self._store.overview(self._owner, MOST_VIDEOS)
         videos = {job.id: replies.video(job, seen.places.get(job.number)) for job in [*seen.unended, *seen.ended]}

@@ -30,7 +30,7 @@ NO_VIDEO: Options = {"prompt": "none"}  # required of a video, but not to place 
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveConfig:
-    """This class holds the values of all options of one video, in five parts."""
+    """This class holds the values of all options of one video; each field holds the options of one subject."""
 
     video: VideoConfig
     models: ModelsConfig
@@ -53,9 +53,9 @@ class EffectiveConfig:
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
         """Returns the effective config of the `given` options; if a recipe is given, its options are added to them.
 
-        Every other option gets the first of these values that exists: the value in `answers`, which the program chose
-        (the seed, for example); the model's own default, in `own`; the option's default. Four options have no default.
-        Without a value, the seed is 0, the device is "cuda", and the image and the prompt are empty.
+        `answers`: values that the program chose for options that are not given, such as the seed. Each remaining option
+        gets the model's own default in `own`, if there is one, or else the option's default. The option's default is 0
+        for the seed, "cuda" for the device, and "" for the image and the prompt.
         Raises ConfigError, which names the option.
         """
         chosen = {name: value for name, value in with_recipe(accepted(given)).items() if value is not None}

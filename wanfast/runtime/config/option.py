@@ -1,4 +1,6 @@
-"""Describes a command-line option as an annotated field of a config; the annotation holds help, check and commands.
+"""Describes a command-line option as an annotated field of a config.
+
+The annotation holds the option's help text, the check of its value, and the commands that have the option.
 
     steps: Annotated[int, Option("Denoising steps.", SAMPLING, own=True, check=between(1, 1000, "use 1 to 1000"))]
 

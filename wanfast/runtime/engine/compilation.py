@@ -1,21 +1,21 @@
 """This module compiles the experts block by block, and stores torch.compile's caches so that other processes load them.
 
 A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path. A block is compiled for one
-shape (`dynamic=False`). All blocks of both experts share one graph. Only a layer with attention in float8 has another
-graph, which all such layers share.
+shape (`dynamic=False`). All blocks of both experts share one graph. With --attention fa3-fp8 there is a second graph:
+all layers with attention in float8 share it.
 In mode `default`, cuBLAS computes the matrix products. The two `max-autotune` modes measure whether Triton or cuBLAS
 computes the products faster; this measurement takes half a minute. The mode `max-autotune` also captures each block as
 a CUDA graph, in the second forward at each video size. A captured graph reads weights at fixed addresses, so it must be
 captured again after weights have moved.
 
 The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached, with one file for each
-rank. A rank's graphs contain the names of its process groups, so it cannot use another rank's file. The key contains
-everything that the kernels depend on. For example, another torch, GPU, video size or version of this code gives another
-key.
-A process that loads the artifact still traces the blocks. It also still compiles the operators that torch.compile does
-not look into: the int8 product, the quantization of the text embeddings, FlashAttention-4, and sparse attention with
-its router. On the same machine, most of their code comes from other caches: those of their own compilers, such as
-Triton.
+rank. A rank cannot use another rank's file, because graphs contain the names of a rank's process groups. The key
+contains everything that the kernels depend on. For example, another torch, GPU, video size or version of this code
+gives another key.
+A process that loads the artifact still traces the blocks. The artifact does not hold these operators, because
+torch.compile does not trace through them: the int8 product, the quantization of the text embeddings, FlashAttention-4,
+and sparse attention with its router. Other compilers, such as Triton, compile these operators. Each of these compilers
+has its own cache on the machine, which holds most of the compiled code.
 Source: torch.compiler.save_cache_artifacts.
 """
 
@@ -90,7 +90,7 @@ def _import_compiler(gpu: int | None) -> None:
 
 
 def make_traceable() -> None:
-    """Registers the operators of a block with torch, so that torch.compile can trace a block, and traces it quickly."""
+    """Registers the operators of a block with torch, so that torch.compile can trace a block."""
     make_operators()
     # For Dynamo, `rearrange` becomes one node, because tracing through it is slow. AOTAutograd traces through it later,
     # so the compiled graph stays the same.
@@ -154,7 +154,8 @@ def check_caches() -> None:
 def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Artifact:
     """Stores the compiler caches of all ranks as one artifact, with a file for each rank.
 
-    If a damaged artifact with this key exists, it is replaced. Raises ConfigError if the artifact cannot be written.
+    `inputs`: the result of `cache_inputs`; its hash is the artifact's key. A damaged artifact with the same key is
+    replaced. Raises ConfigError if the artifact cannot be written.
     """
     saved = torch.compiler.save_cache_artifacts()
     assert saved is not None, "nothing was compiled"
@@ -170,14 +171,14 @@ def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> A
 def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, is_named: bool) -> str | None:
     """Loads the artifact of `inputs` into this process's compiler caches, and returns the artifact's key.
 
-    If any rank cannot load the artifact, returns None on all ranks. Then the blocks are compiled, which takes less than
-    a minute. The causes are:
+    If any rank cannot load the artifact, returns None on all ranks. Then the first forward compiles the blocks, which
+    takes less than a minute. `is_named`: whether the user named the folder of artifacts. The artifact is not loaded in
+    these cases:
 
-    * There is no artifact. Only this cause prints no note.
+    * There is no artifact. In this case no note is printed.
     * A file is damaged: its hash differs from the hash in the manifest.
-    * Other users may write to the artifact, and its code would run here. If the user named the folder of artifacts
-      (`is_named`), the artifact is loaded all the same.
-    * torch cannot use a file. Then the artifact is removed.
+    * `is_named` is false, and other users may write to the artifact. Their code would run in this process.
+    * torch cannot use a file. Then the artifact is also removed.
     """
     folder = ranks.together(lambda: store.find(KIND, inputs, verify=True, damaged="miss"))
     if not all(ranks.gather(folder is not None)):

@@ -4,11 +4,12 @@ All ranks of a rank group run the same jobs in the same order. Each rank group f
 jobs, and then jobs that no rank group has claimed. Before a rank group loads a job's models, it finds all jobs in its
 part that use the same models. The group encodes the prompts of these jobs, and then frees UMT5.
 If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue.
-If a job's models cannot be loaded, the job fails. The next job with the same models tries again to load them. After
-MOST_LOADS failed tries, the rank group's other jobs with the same models fail too.
-If there are several rank groups, another rank group may have enough memory. Therefore, a rank group tries again only
-after an error of a missing or corrupt file. After any other error of loading, the rank group ends, and the other rank
-groups run the remaining jobs.
+What happens if models cannot be loaded depends on the number of rank groups and on the error:
+
+* If there is only one rank group, or if a file is missing or corrupt, the job fails. The next job with the same models
+  tries again to load them. After MOST_LOADS failed tries, the rank group's other jobs with the same models fail too.
+* If there are several rank groups and no file is missing or corrupt, the rank group ends. The other rank groups run the
+  remaining jobs, because they may have enough memory.
 """
 
 from __future__ import annotations

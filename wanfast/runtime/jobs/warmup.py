@@ -3,9 +3,10 @@
 It compiles one block, and stores the compiler's caches. The block is compiled in the same way as by `wanfast generate`.
 One block of full size is enough, because all blocks of both experts share the same graphs. The values of the block's
 weights do not matter, so no weights are read.
-With lossy attention, the block also runs as a lossy layer, so that the kernels of lossy calls are compiled too. One run
-is enough for all lossy steps and layers, unless a plan of densities puts heads in float8. The number of float8 heads
-then differs from layer to layer, and each number needs a kernel of its own. So the block runs once for each number.
+With lossy attention, the block also runs as a lossy layer, so that the kernels of lossy calls are compiled too. Usually
+one run is enough, because all lossy steps and layers use the same kernels. With a plan of densities, some heads may be
+computed in float8. The number of these heads differs from layer to layer, and each number needs a kernel of its own. So
+the block runs once for each number of float8 heads in the plan.
 """
 
 from __future__ import annotations

@@ -37,11 +37,12 @@ _PARTS = 4  # of a block, each with a mean of its own
 def block_lists(
     q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: Sequence[int], first_blocks: int, last_blocks: int = 0
 ) -> BlockLists:
-    """Returns lists of `listed[head]` blocks of keys, one list for each head and each block of queries.
+    """Returns a list of blocks of keys for each head and each block of queries.
 
-    The tokens must be in brick order, and q and k have the same number of tokens. `block` is the number of tokens in a
-    block, a multiple of 4. Three kinds of blocks come first into each list: the first `first_blocks` blocks, the last
-    `last_blocks` blocks, and the block of the queries themselves. The blocks with the largest scores fill the rest.
+    The tokens must be in brick order (see `bricks`), and q and k have the same number of tokens. `block` is the number
+    of tokens in a block, a multiple of 4. `listed`: for each head, the number of blocks in each of its lists. Three
+    kinds of blocks are listed first, and count in this number: the first `first_blocks` blocks, the last `last_blocks`
+    blocks, and the block of the queries themselves. The blocks with the largest scores fill the rest of the list.
     Raises ValueError if a number in `listed` is below 1.
     """
     if min(listed) < 1:
@@ -89,8 +90,8 @@ def choice_scores(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int,
 def block_scores(q_BLD: Tensor, k_BLD: Tensor, block: int) -> Tensor:
     """Returns a score for each pair of a block of queries and a block of keys, [B, N, N] in float32.
 
-    For each block of queries, the scores put the blocks of keys into the order of their estimated shares in the
-    softmax. A score is the log of such a share, plus a constant of the block of queries.
+    For one block of queries, a block of keys with a larger score has a larger estimated share in the softmax. Scores of
+    different blocks of queries cannot be compared.
     """
     part = block // _PARTS
     q, k = _means(q_BLD, part), _means(k_BLD, part)

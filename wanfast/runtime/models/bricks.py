@@ -8,8 +8,9 @@ The first latent frame holds the given image, and forms bricks of its own. For e
 bricks with 1 frame, and ten layers of bricks with 2 frames. If a last image is given, the last latent frame forms
 bricks of its own too. Bricks with 1 frame have twice as many columns as bricks with 2 frames. If the grid is not a
 multiple of the brick, the bricks at the end of an axis are smaller.
-Each brick touches the next brick in the order, because the order changes its direction at each edge of the grid. So the
-tokens of a block are neighbours even if the block lies in two bricks.
+Sparse attention divides the ordered tokens into blocks of 128 tokens. A block may lie in two successive bricks. Its
+tokens are still neighbours, because successive bricks always touch: the order of the bricks turns round at each edge of
+the grid.
 
 Shapes: L tokens = T*Y*X of the token grid (T frames, Y rows, X columns).
 """

@@ -36,9 +36,9 @@ def packed(x: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor, groups: Tensor, parts: int) -> Tensor:
-    """Returns a copy of the rows of x in the groups whose numbers are in `groups`, in the order of `groups`.
+    """Divides the rows of x into `parts` equal groups, and returns a copy of the rows of some groups.
 
-    The rows of x are divided into `parts` equal groups, counted from 0.
+    `groups`: the numbers of the wanted groups, counted from 0. The result has the rows in the order of `groups`.
     """
     values = x.view(torch.uint8) if x.dtype in LARGEST else x  # torch does not index float8 everywhere
     return values.view(parts, -1, *x.shape[1:])[groups].flatten(0, 1).view(x.dtype)

@@ -1,6 +1,6 @@
 """Completes a request's options: the model, its files and this machine supply the values that the user did not give.
 
-`placement` decides the ranks later, when the sizes of all videos are known.
+The module `placement` decides the mesh of ranks later, when the sizes of all videos are known.
 This module does not import torch.
 """
 
@@ -37,8 +37,9 @@ def effective(
     last_image_sha256: str = "",
     earlier: EarlierFacts | None = None,
 ) -> EffectiveConfig:
-    """Adds to the given options the values of the model, its files and this machine; `place` decides the ranks later.
+    """Returns the effective config of the given options. The module `placement` adds the mesh of ranks later.
 
+    Options that are not given get values from the model, from its files and from this machine.
     `image_sha256`, `last_image_sha256`: the hash of each image, "" for no image. `earlier`: what is known about the
     video that this video continues; None if it continues no video.
     Raises ConfigError if an option does not fit the other options, the model, the device or the earlier video.

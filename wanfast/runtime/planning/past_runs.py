@@ -96,9 +96,10 @@ def forwards_in_turn(plan: dict[str, Any]) -> list[float]:
     """Reads a plan's JSON and returns for each step how many forwards run one after the other.
 
     The result has an entry for each step of each clip, clip after clip. Usually an entry is 2 with guidance and 1
-    without guidance, less the skipped forwards. With cfg parallelism, the two branches of guidance run at the same time
-    on different ranks and count as 1. If all these ranks share the forward of a step without guidance, this forward
-    takes half the time and counts as 0.5.
+    without guidance; skipped forwards do not count.
+    With cfg parallelism, each half of a rank group runs one of the two branches. An entry is then 1 with guidance,
+    because the branches run at the same time. Without guidance, an entry is 0.5 if all ranks of the group share the
+    forward, because this takes half the time; otherwise it is 1.
     """
     guided = read_guided(plan)
     skips = _skips(plan["magcache"]) if plan.get("magcache") else [(False, False)] * len(guided)

@@ -81,7 +81,11 @@ def _reach(address: str) -> None:
 
 
 def actors_environment() -> Document:
-    """Returns the environment of Ray's actors; if wanfast runs from a checkout, the actors import this checkout."""
+    """Returns the `runtime_env` with which Ray starts the actors; it sets PYTHONPATH, or it is empty.
+
+    If wanfast runs from a checkout, the actors import wanfast from the same path. If this process has a PYTHONPATH, the
+    actors search its folders too.
+    """
     path = child_environment().get("PYTHONPATH")
     return {"env_vars": {"PYTHONPATH": path}} if path else {}
 
@@ -152,9 +156,10 @@ class _Actor(RemoteGroup):
     """This class is what runs on a machine of the cluster."""
 
     def start(self, jobs: Any) -> tuple[str, Document | None]:
-        """Checks the weights of this machine, and returns (the machine's name in the cluster, the result of `check`).
+        """Checks the weights of this machine, and returns (the machine's name in the cluster, an error or None).
 
-        `jobs`: the argument of `check`.
+        The error is a JSON document; None means that the weights are those of the user's machine. `jobs` is the
+        argument of `RemoteGroup.check`.
         """
         import ray
 
@@ -167,8 +172,8 @@ def require_one_group(plan: Plan) -> None:
     ranks = plan.config.ranks
     if ranks.nnodes > 1:
         raise ConfigError(
-            "--ray and --nnodes exclude each other: --ray makes each video on one machine, and "
-            "--nnodes makes each video on several machines"
+            "--ray and --nnodes exclude each other: drop --nnodes to make each video on one machine, or drop --ray to "
+            "make each video on several machines"
         )
     if plan.mesh.replica > 1:
         raise ConfigError(

@@ -118,11 +118,11 @@ class Opened:
 
     @classmethod
     def of(cls, asked: dict[str, Any]) -> Opened:
-        """Plans the largest video of a handle, for one rank group.
+        """Plans the largest video of a handle, and returns the models, ranks and placement of this plan.
 
         `asked`: the options that `open` got. If `asked` has no `size`, the video has the model's own size. Raises
-        WanFastError if an option is wrong, if weights or artifacts are missing, or if the video does not fit into
-        memory.
+        WanFastError if an option is wrong, if weights or artifacts are missing, if the ranks form more than one rank
+        group, or if the video does not fit into memory.
         """
         asked = accepted(asked)
         _refuse(asked, asked.keys() - OF_HANDLE - OF_ALL_VIDEOS, "a video", "Handle.make")
@@ -209,14 +209,15 @@ class Handle:
     ) -> Video:
         """Makes one video and waits for it.
 
-        `options`: the options of `wanfast generate` that describe one video or set MagCache, such as `image` and
-        `prompt`. Each option has its Python name: `magcache_k` means --magcache-k.
-        If `recipe` is given, the loaded models must fit this recipe.
+        `options`: options of `wanfast generate` by their Python names; `magcache_k` means --magcache-k. Options of
+        models and ranks are refused here, because `wanfast.open` takes them. Options of the output file are refused
+        too, because `Video.save` takes them. LoRAs, settings of lossy attention and `recipe` are accepted. If `recipe`
+        is given, the loaded models must fit this recipe.
         `on_progress(stage, steps done, number of steps)` is called in the thread that called `make`. So is
         `on_frames(plan, frames)`, with a few frames [f, H, W, 3] at a time, while later frames are decoded. If one of
         the two raises an exception, the video is cancelled and `make` raises that exception.
-        Raises ConfigError and other WanFastErrors: RankFailedError if a rank died, CancelledError after a call of
-        `cancel`.
+        Raises ConfigError if an option is wrong, RankFailedError if a rank died, CancelledError after a call of
+        `cancel`, or another WanFastError.
         """
         with self._call() as cancelled:
             self._living()  # before the work of a plan

@@ -136,15 +136,17 @@ class RankGroups:
         the files that the jobs write. `on_result` gets each result as soon as the job is done. `on_look` gets the path
         of the first job's frames ten times a second, and once more after the last result. `is_last`: whether no batch
         follows; if true, each group ends when no job is left for it.
-        If a group dies, its current job fails with the group's error. Perhaps the group was still writing the files of
-        the job before; then that job is done again. The group is started again for the remaining jobs, except in these
-        cases:
+
+        If a rank group dies, its current job fails with the group's error. If the group was still writing the files of
+        its previous job, the previous job is done again. Usually the group is started again for the remaining
+        jobs. A dead group is not started again in these cases:
         * the group died while it loaded models, and other groups live;
         * the group spans several machines;
         * for the second time in a row, the group died before it claimed a job.
+
         If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a callback raises an Exception, the
-        jobs end and `run` raises this exception. In both cases the ranks keep running. KeyboardInterrupt ends all ranks
-        immediately. In all cases, no half-written file is left.
+        jobs end and `run` raises this exception. The ranks keep running after a cancellation or an exception of a
+        callback. KeyboardInterrupt ends all ranks immediately. No half-written file is ever left.
         """
         self._start_missing()
         if cancelled():

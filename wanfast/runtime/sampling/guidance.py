@@ -46,9 +46,10 @@ def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate
 
 
 def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
-    """Returns the steps at which guidance stops early: a flat list with two steps for each such expert.
+    """Returns the steps at which guidance stops early, as a flat list; steps count from 0.
 
-    The two steps are the expert's last step with guidance and the step after it. Steps count from 0.
+    The list has two steps for each expert whose guidance stops early. The first is the expert's last step with
+    guidance, and the second is the next step.
     """
     return [
         step
