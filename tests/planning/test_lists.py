@@ -82,7 +82,7 @@ def test_a_file_that_is_no_list_is_one_line(wanfast: Wanfast) -> None:
     outcome = wanfast("generate", "--model", "tiny", *VIDEO)
     assert outcome.exit_code == 2 and len(outcome.err.splitlines()) == 1
     assert "none of its 8 lines is a JSON object of options (line 1: not JSON: " in outcome.err
-    assert "give a file with such lines" in outcome.err
+    assert "give a file with one JSON object on each line" in outcome.err
 
 
 def test_a_list_with_bad_lines_says_how_many_succeeded(wanfast: Wanfast) -> None:

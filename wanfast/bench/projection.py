@@ -103,10 +103,11 @@ def on_more_gpus(
 ) -> dict[str, float]:
     """Returns the seconds of each stage on the second mesh of `meshes`, projected from `seconds` on the first mesh.
 
-    `seconds`: the measured seconds of the stages "encode", "denoise" and "decode". `forwards` and `tokens`: how many
-    the video has. Encoding and decoding change by the factor that `model` predicts. For a forward, `model` computes
-    only the time of the exchange. The rest of the forward's measured time is divided by the number of ranks that share
-    the tokens. The measured video may therefore use other kernels than the runs to which `model` was fitted.
+    `seconds`: the measured seconds of the stages "encode", "denoise" and "decode". `forwards` and
+    `tokens`: the number of the video's forwards, and the number of its tokens.
+    Encoding and decoding change by the factor that `model` predicts. For a forward, `model` predicts only the time of
+    the exchange. All other time of the measured forward is proportional to 1 / (number of ranks that share the tokens).
+    So the measured video may use kernels to which `model` was not fitted.
     """
     before, after = meshes
     exchange = [model.forward(tokens, mesh.ulysses)["exchange"] for mesh in meshes]
@@ -137,8 +138,8 @@ def fit(forward: Printed, profile: Printed, vae: Printed, video: Printed) -> Cos
     `forward`: from `benchmarks/forward.py`, the time of a forward on one GPU and on two GPUs.
     `profile`: from `benchmarks/forward.py --profile`, the share of each part of a forward on one GPU.
     `vae`: from `benchmarks/vae.py`, the times of the VAE on one GPU and on two GPUs.
-    `video`: from `benchmarks/whole_video.py --random`, the times of whole videos on two GPUs. The time of the start is
-    what remains of a video's time without text, denoising and VAE.
+    `video`: from `benchmarks/whole_video.py --random`, the times of whole videos on two GPUs. From a video's time, the
+    times of text, denoising and VAE are subtracted; the rest is the time of the start.
     """
     one_s, two_s = (forward["ways"][name]["ms"] / 1000 for name in ("one", "ulysses 2"))
     tokens, shares = forward["tokens"], next(iter(profile["profiles"].values()))["shares"]  # the first is one GPU's
@@ -207,7 +208,8 @@ def checks(
     Each measurement is a document that a benchmark printed: `forward` by `benchmarks/forward.py`, `vae` by
     `benchmarks/vae.py`, and `video` by `benchmarks/whole_video.py --random`. A document that is None is not compared.
     If `forward` or `vae` has results for several numbers of ranks, only those for the largest number are compared.
-    Returns one dict for each comparison: what, measured_s, projected_s, and the relative error.
+    Returns one dict for each comparison. Its keys are "what" (a few words that name the measurement), "measured_s",
+    "projected_s" and "error" (projected_s / measured_s - 1).
     """
     found = []
     if forward:

@@ -19,8 +19,10 @@ from wanfast.runtime.store.model_files import ModelFiles
 
 
 def plans_of(given: dict[str, Any], clips: list[Clip], files: ModelFiles, **changes: Any) -> list[Plan]:
-    """Returns one plan for each clip, as `wanfast generate` would plan it, but with `changes` in the plan's fields.
+    """Returns one plan for each clip of a calibration.
 
+    A clip is planned as `wanfast generate` would plan a video with the options `given` and the clip's images, prompt
+    and seed. `files`: the model's files. `changes`: fields of `Plan` that get other values, the same in all plans.
     Raises WanFastError.
     """
     plans = []

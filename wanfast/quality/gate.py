@@ -1,11 +1,14 @@
 """This module says which kinds of lossy attention a recipe may use, from what the tiny model's videos show.
 
-A recipe may use a kind of lossy attention if three conditions hold. First, the share of its videos that follow the
-prompt is at least the lower end of the 95 % interval of dense attention's share. Second, its videos have a mean SSIM of
-at least `LEAST_SSIM` to the videos of dense attention. Third, the sampled error, averaged over all heads and videos, is
-at most `TARGET_ERROR`, the default target of a calibration.
-Limits: the interval is wide if there are few videos. In the tiny model, a query attends to few keys, so that the errors
-of larger models may differ.
+The same videos are made with the lossy attention and with dense attention. Three conditions must hold:
+
+* The share of videos that follow their prompt is compared. The share of lossy attention is not below the 95 %
+  confidence interval of the share of dense attention.
+* The mean SSIM between a video of lossy attention and the same video of dense attention is at least `LEAST_SSIM`.
+* The sampled error, averaged over all heads and videos, is at most `TARGET_ERROR`, the default target of a calibration.
+
+Limits: with few videos, the interval is wide, so that the first condition is weak. Larger models may have other errors,
+because a query of the tiny model attends to few keys.
 """
 
 from __future__ import annotations

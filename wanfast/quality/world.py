@@ -1,15 +1,16 @@
 """Draws the procedural world that the tiny model learns: textured shapes that move as a caption says.
 
-A scene is drawn from a seed. A scene usually has one subject, up to two bystanders and a patterned background. The
-caption names the subject. The subject and the camera never both move. A photograph may be the background, or the whole
-scene. Rendering is batched on the device. A shape is a mask from an atlas, sampled through the inverse of the shape's
-motion. So any frame, or any window of a frame, can be rendered alone.
+A scene is drawn from a seed. Usually it has a patterned background, one subject, and up to two bystanders. The caption
+names the subject, but not the bystanders. Bystanders have any shape and colour, and stand still. The subject and the
+camera never both move. A photograph may be the background, or the whole scene.
+
+About a tenth of all (shape, colour, motion) combinations is held out: training never shows a subject of this shape and
+colour with this motion.
+
+Several clips are rendered at once on the device. Any frame, or any window of a frame, can be rendered alone.
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas. Places are (x, y) in units of the frame's short side;
 the frame's centre is (0.5, 0.5).
-About a tenth of all (shape, colour, motion) combinations is held out. A held-out clip shows a motion that training
-never shows for a subject of this shape and colour. Bystanders stand still, may have any combination of shape and
-colour, and are named in no caption.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ def camera_scene(
 ) -> Scene:
     """Returns a scene in which the camera moves over a photograph; such scenes test the model's camera motions.
 
-    `index` is the scene's number. From scene to scene, the next camera motion and the next photograph are taken; after
-    the last one, the first one is taken again. `photograph`: the index of the photograph, if it is not to be the next.
+    `index`: the number of the scene, from 0; it chooses the camera's motion. Successive numbers take all motions in
+    turn. `photograph`: the index of the photograph. If it is None, `index` chooses the photograph in the same way.
     `size`: (width, height) of the frames in pixels.
     """
     rng = random.Random(f"{index}/judge")
@@ -192,9 +193,10 @@ def _caption(rng: random.Random, scene: Scene) -> str:
 
 
 def read_caption(prompt: str) -> tuple[str, str] | None:
-    """Returns (colour, motion) of the subject that a caption of this world names; None for any other text.
+    """Returns the colour and the motion that a caption gives its subject, such as ("orange", "right").
 
-    A caption about the camera's motion also gives None, because the tracker needs a still background.
+    Returns None if `prompt` is no caption of this world. Also returns None if `prompt` has a sentence about the camera,
+    because the tracker needs a still background.
     """
 
     def named(words: Iterable[str]) -> list[str]:
@@ -295,6 +297,7 @@ class Renderer:
         centres = self._table([np.array(t.centre if t else (9.0, 9.0)) for t in things])[:, None] + paths[..., :2]
         scale = self._table([np.array(SIZES[t.size] if t else 1.0) for t in things])[:, None] * torch.exp(paths[..., 2])
         angle = self._table([np.array(t.angle if t else 0.0) for t in things])[:, None] + paths[..., 3]
+        # The inverse of the thing's motion takes a place of the scene to a place of the mask.
         offset = (world - centres[:, :, None, None]) / (0.5 * scale[:, :, None, None, None])
         cos, sin = angle.cos()[:, :, None, None], angle.sin()[:, :, None, None]
         local = torch.stack(

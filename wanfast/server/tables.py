@@ -82,7 +82,7 @@ _ADDING = 0x77616E66  # PostgreSQL's lock for the whole length of the queue
 def open_database(url: str) -> Engine:
     """Opens the database, and creates its tables if they are missing.
 
-    Raises ConfigError, also if the tables have another version than VERSION.
+    Raises ConfigError if the database cannot be opened, or if its tables do not have the version VERSION.
     """
     try:
         parsed = make_url(url)

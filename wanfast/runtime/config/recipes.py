@@ -2,13 +2,12 @@
 
 There are three groups:
 
-* Our recipes (`exact`, `near-exact`, `fast`). wanfast chooses the mesh.
-* The recipes of few steps. They need distilled weights. Each has a list of noise levels, because weights are distilled
-  for certain noise levels.
-* The published recipes. They repeat a published benchmark, which ran the reference program on 8 GPUs. Each rank
-  computes both branches of guidance, and the ranks share the tokens. The models are sharded, except quantized experts.
-  MagCache skips forwards in each branch separately. `baseline` uses the FlashAttention-2 that is part of torch, because
-  FlashAttention-2's own package has no wheel.
+* `OURS`: `exact`, `near-exact` and `fast`. wanfast chooses the mesh.
+* `FEW_STEPS`, for example `lightning-4`. These recipes need distilled weights. Such weights are distilled for certain
+  noise levels, so each of these recipes has its own list of noise levels.
+* `PUBLISHED`, for example `baseline`. These recipes repeat a published benchmark, which ran the reference program on 8
+  GPUs. Each rank computes both branches of guidance, and the ranks share the tokens. The models are sharded, except in
+  the recipes with quantized experts. MagCache skips forwards in each branch separately.
 """
 
 from __future__ import annotations
@@ -36,9 +35,10 @@ class Recipe:
     num_images: int = 0  # that its noise levels or weights are for; 0: any number
 
     def given(self, options: Options) -> dict[str, Any]:
-        """Returns the options that this recipe sets in a run whose other options are `options`.
+        """Returns the options that this recipe sets in a run.
 
-        If `num_gpus` and `nnodes` in `options` give one rank, the recipe's options for several ranks are left out.
+        `options`: the other options of the run. If `num_gpus` and `nnodes` in `options` give only one rank, the result
+        leaves out the options in `of_several_ranks`.
         """
         ranks = (options.get("num_gpus") or 1, options.get("nnodes") or 1)
         return {**self.options, **({} if ranks == (1, 1) else self.of_several_ranks)}
@@ -86,6 +86,7 @@ _NEAR_EXACT: Options = {"quantize": "fp8-rowwise"}
 
 RECIPES: Mapping[RecipeName, Recipe] = MappingProxyType(
     {
+        # torch's own FlashAttention-2, because the package of FlashAttention-2 has no wheel
         "baseline": _published({"attention": "flash"}),
         "fa3": _published(_FA3),
         "fa3-tf32": _published(_FA3, _TF32),
@@ -129,11 +130,12 @@ _OF_SAME_VIDEO = {"quantize_on_the_fly", "attention_check"}  # of these, those t
 
 
 def with_recipe(given: Options) -> dict[str, Any]:
-    """Returns the `given` options; if a recipe is given, its options are added.
+    """Returns the `given` options; if --recipe is given, the options of that recipe are added.
 
-    A given option overrides the recipe's option. If --magcache off is given, all the recipe's options of skips are left
-    out. If the given --attention is not the recipe's, all the recipe's options of lossy attention are left out. Raises
-    ConfigError if --steps or --shift is given with a recipe that has noise levels of its own.
+    A given option overrides the same option of the recipe. If --magcache off is given, no MagCache option of the recipe
+    is added. If --attention is given and differs from the recipe's, the recipe's lossy attention and its options, such
+    as --density, are not added. Raises ConfigError if --steps or --shift is given, but the recipe has its own list of
+    noise levels.
     """
     name = given.get("recipe")
     if name is None:
@@ -166,11 +168,12 @@ def has_levels(name: object) -> bool:
 
 
 def overridden(effective: Options, own_rule: MagCacheRule) -> dict[str, Any]:
-    """Compares the effective options with their recipe, and returns {option: effective value} for each difference.
+    """Returns {option: effective value} for each option by which a run differs from its recipe.
 
-    An option that the recipe sets is compared with the recipe's value. An option that the recipe does not set counts
-    only if it is lossy: it is compared with its default. `own_rule` is the model's own default of --magcache-rule.
-    If `effective` names no recipe, the result is empty.
+    `effective`: the effective options of the run. If they name no recipe, the result is empty. `own_rule`: the model's
+    own default of --magcache-rule.
+    An option that the recipe sets is compared with the recipe's value. An option of `LOSSY_OPTIONS` that the recipe
+    does not set is compared with the option's default. Other options are not compared.
     """
     if (name := effective.get("recipe")) is None:
         return {}

@@ -330,10 +330,10 @@ class VideoConfig(Part):
 
     @property
     def images(self) -> dict[str, str]:
-        """Returns the path of each given image, by the flag of its option; the image of the first frame comes first.
+        """Returns {flag: path} of the images that are given, such as {"--image": "cat.jpg", "--last-image": "end.jpg"}.
 
-        With --continue-from, the first frame comes from an earlier video. Then the path of that video is returned in
-        place of the first image's path.
+        With --continue-from, the first frame comes from an earlier video, and the result holds {"--continue-from": path
+        of that video} instead of an entry for --image. The entry of --last-image always comes last.
         """
         found = {"--image": self.image, "--continue-from": self.continue_from, "--last-image": self.last_image}
         return {option: path for option, path in found.items() if path}

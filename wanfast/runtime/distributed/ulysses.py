@@ -54,10 +54,10 @@ class Ulysses:
         return packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
     def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
-        """Returns the self-attention [B, n, H, D] of this rank's n tokens, with padding, to the tokens of all ranks.
+        """Returns the self-attention [B, n, H, D] of this rank's n tokens; they attend to the tokens of all ranks.
 
-        `projections` computes q, k and v of this rank's tokens. `num_tokens`: the number of tokens of all ranks,
-        without padding. `attend`: the attention kernel.
+        n includes the padding of this rank. `projections` computes q, k and v of this rank's tokens. `num_tokens`: the
+        number of tokens of all ranks, without padding. `attend`: the attention kernel.
         """
         sent = [self._send(projections.by_heads(name, self.group.size())) for name in "qk"]
         all_v = self._all_values(projections)

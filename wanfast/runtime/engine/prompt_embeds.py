@@ -41,7 +41,7 @@ _CODE = (
 
 
 class Encoded(NamedTuple):
-    """This class holds the embeddings that `prompt_embeds` returns, and the texts for which something failed."""
+    """This class holds embeddings; it also names texts whose embeddings could not be stored or are not finite."""
 
     embeds: dict[str, Tensor]  # {text: embedding [n, text_dim]} on the CPU; n is the text's number of tokens
     unstored: set[str]  # those texts of `embeds` that could not be stored
@@ -57,12 +57,13 @@ def prompt_embeds(
     before_load: Callable[[], None] = lambda: None,
     most: int | None = None,
 ) -> Encoded:
-    """Returns the embeddings of the first `most` texts on every rank, and stores the embeddings of all texts.
+    """Encodes the texts that have no stored embedding, stores their embeddings, and returns embeddings on every rank.
 
-    If `most` is None, returns the embeddings of all texts. An embedding that cannot be stored is always returned.
-    Texts without a stored embedding are divided among the ranks. A rank with such texts calls `before_load`, loads
-    UMT5, encodes its texts, and frees UMT5. The seconds of loading are added to `loads`. With `--t5-fsdp on`, the ranks
-    share one sharded UMT5, and encode every text together.
+    If `most` is given, only the embeddings of the first `most` texts are returned. But an embedding that could not be
+    stored is returned in any case.
+    The texts to encode are divided among the ranks. A rank with such texts calls `before_load`, loads UMT5, encodes its
+    texts, and frees UMT5. The seconds of loading are added to `loads`. With `--t5-fsdp on`, the ranks share one sharded
+    UMT5, and encode every text together.
     """
     store = ArtifactStore(Path(config.models.artifacts_dir))
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))

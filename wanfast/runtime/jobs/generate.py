@@ -1,8 +1,8 @@
 """This module is the part of `wanfast generate` that runs on ranks.
 
 The ranks of a rank group make each video together, and the leader writes the video's .mp4 and .json. A video may have
-several clips. Each later clip starts from the last frame of the clip before, as the VAE decoded this frame. The first
-clip may start from the last frame of an earlier video.
+several clips. Each later clip starts from the last decoded frame of the clip before. The first clip may start from the
+last frame of an earlier video.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ def run(
     progress: ProgressFn = lambda index, stage, done, total: None,
     frames_of: FrameFileFn,
 ) -> Iterator[tuple[int, Result | FinishFn]]:
-    """Makes the videos of the `jobs` that this rank group claims; yields (index, result) or (index, finish) for each.
+    """Makes the videos of the jobs that this rank group claims; yields (index of the job, result or `finish`) for each.
 
-    A single job yields its result when its files are complete. A job of a list yields `finish` as soon as its frames
-    are decoded, so that its files are completed while the next video is made. The leader must call `finish()` once, in
-    any thread. This call completes the files, and returns the result or raises WanFastError.
-    There are two exceptions. If a job of a list fails before its frames are decoded, it yields the error as its result.
-    If the rank group spans several machines, every job yields its result.
-    `frames_of(index)` names the file for the frames of a job that has no output file.
+    If there is one job, or if the rank group spans several machines, yields the result when the video's files are
+    complete. Otherwise, yields a function `finish` as soon as the video's frames are decoded, so that the files are
+    completed while the next video is made. The leader must call `finish()` once, in any thread: it completes the files,
+    and returns the result or raises WanFastError. If a job fails before its frames are decoded, yields the error as the
+    job's result.
+    `share`: decides which jobs this rank group claims. `frames_of`: a function that returns, for the index of a job
+    without an output file, the file for the job's frames.
     """
     # x264 holds back half of the frames until it has got the last one; on several machines, each needs the result
     is_list = len(jobs) > 1 and jobs[0].config.ranks.nnodes == 1

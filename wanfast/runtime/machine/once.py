@@ -1,4 +1,4 @@
-"""Caches results while a list of videos is planned: the GPUs, the place of a model's files, the model's tokenizer.
+"""Caches results that all videos of a list need, such as the machine's GPUs, while the list is planned.
 
     with asked_once():
         ...                   # a `remembered` function runs once for the same arguments

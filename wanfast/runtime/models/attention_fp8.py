@@ -43,9 +43,9 @@ _TINIEST = 1e-12  # so that a head of zeros has a scale
 class Fp8Heads(NamedTuple):
     """Holds the queries, keys and values of some heads in float8.
 
-    A constant of each head was subtracted from k and from v. Then all three were divided by a scale of each head, and
-    rounded. To get the attention, multiply by the scales, and add `v_centre`, the constant of v, to the output. The
-    constant of k is not needed, because it does not change the attention.
+    Before the rounding, a constant vector of each head was subtracted from k and from v, and then q, k and v were
+    divided by the scales. `fp8_attention` multiplies by the scales again, and adds `v_centre`, the constant of v, to
+    the output. The constant of k is not stored, because it does not change the attention.
     """
 
     q: Tensor  # [B, L, H, D]
@@ -102,11 +102,11 @@ def statistics(k_SHD: Tensor, v_BLd: Tensor, rows: slice) -> Tensor:
 
 
 def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool, centres_v: bool = True) -> Scaling:
-    """Returns the `Scaling` of all heads; `parts_P5d` holds the `statistics` of all P ranks.
+    """Returns the `Scaling` of all heads.
 
-    `norms_2H` holds, for each head, a bound of the norms of q and a bound of the norms of k.
-    If `centres_v` is false, nothing is subtracted from v. Only measurements use false, to show how much the subtraction
-    improves the result.
+    `parts_P5d`: the `statistics` of each of the P ranks. `norms_2H`: for each head, an upper bound of the norms of q
+    and an upper bound of the norms of k. `hadamard`: whether q and k are multiplied by a Hadamard matrix. `centres_v`:
+    whether a constant is subtracted from v; false serves only to measure how much the subtraction helps.
     """
     k_sum, v_sum, count = parts_P5d[:, :3].sum(0)
     least, largest = parts_P5d[:, 3].amin(0), parts_P5d[:, 4].amax(0)

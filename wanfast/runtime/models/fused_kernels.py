@@ -36,10 +36,11 @@ def make_operators() -> None:
 def add_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (s, the layer norm of s, scales), where s = x + gate * y.
+    """Returns (s, the layer norm of s, scales), where s = x + gate * y; x, y, s and the layer norm are [B, L, d].
 
-    The layer norm has `dtype`. If `dtype` has 8 bits, the layer norm is quantized, and `scales` is [B, L]: one scale
-    for each token. Otherwise `scales` is an empty tensor.
+    A gate of None means 1. The layer norm is taken over d, multiplied by `weight`, and increased by `bias`. Its dtype
+    is `dtype`. If `dtype` has 8 bits, the layer norm is quantized, and `scales` is [B, L]: one scale for each token.
+    Otherwise `scales` is an empty tensor.
     """
     _check_rows(x, y, weight, bias)
     total, (out, scale) = torch.empty_like(x), _output(x, dtype)

@@ -19,7 +19,7 @@ from wanfast.runtime.models.operators import opaque
 class Running(Protocol):
     """This interface computes lossy self-attention and measures its error; this module's operators call it.
 
-    An implementation knows which step and which layer run now.
+    The arguments do not say which layer of which step is computed. The implementation must know this itself.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,7 +48,10 @@ def run(lossy: Running | None) -> None:
 
 @opaque("wanfast::lossy_attention", shape=lambda q, k, v: q.new_empty(q.shape))
 def lossy_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Returns the attention [B, L, H, D] of q, k and v, as the object that `run` has set computes it."""
+    """Returns the attention [B, L, H, D] of the queries q to the keys k, with values v.
+
+    The object that `run` received last computes the attention.
+    """
     assert _running is not None, "no video was started"
     return _running.attend(q, k, v).contiguous()
 

@@ -1,7 +1,7 @@
 """Computes whether a model fits on this machine, for 1, 2, 4 and 8 GPUs and for each placement of the experts.
 
-`placement` computes the bytes that a model needs, as for a run. If this machine has no GPU, these bytes are compared
-with the memory of common GPUs that a user can rent.
+The needed bytes are those that a run would compute, because both call `planning/placement.py`. If this machine has no
+GPU, the needed bytes are compared with the memory of common GPUs that a user can rent.
 This module does not import torch.
 """
 
@@ -30,9 +30,9 @@ _PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """This class describes one way to hold the experts on a number of GPUs, and the bytes that this way needs.
+    """This class says how much memory a model needs on `num_gpus` GPUs if they hold the experts in one `mode`.
 
-    `mode` is one of the modes of `placement.modes`, such as "sharded".
+    `mode`: "resident", "evicting", "sharded" or "offloaded", as in `placement.modes`.
     """
 
     num_gpus: int
@@ -64,8 +64,8 @@ class Way:
 class Fit:
     """This class says how much memory a model needs on 1, 2, 4 and 8 GPUs, and where it fits.
 
-    `ways` has one entry for each number of GPUs and each mode of `placement.modes` that is possible on so many GPUs.
-    `ways` is sorted by the number of GPUs; for one number of GPUs, the best mode comes first.
+    `ways` has one entry for each possible pair (number of GPUs, mode). `ways` is sorted by the number of GPUs.
+    Among entries with the same number of GPUs, the fastest mode comes first.
     """
 
     spec: ModelSpec
@@ -112,10 +112,10 @@ class Fit:
 def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
     """Computes how much memory a model needs on 1, 2, 4 and 8 GPUs, and whether this memory is free.
 
-    `given`: the user's options. `found`: the GPUs of this machine; larger numbers of GPUs are left out. If `found` is
-    empty, the needed bytes are compared with the memory of common GPUs that a user can rent. A number of GPUs is also
-    left out if one video cannot use so many. The image is assumed to have the shape that gives the most tokens at
-    --size. Raises ConfigError for a wrong option in `given`.
+    `given`: the user's options. `found`: the GPUs of this machine. If `found` is empty, the needed bytes are compared
+    with the memory of common GPUs that a user can rent.
+    A number of GPUs is left out if the machine has fewer GPUs, or if one video cannot use so many GPUs. The image is
+    assumed to have the shape that gives the most tokens at --size. Raises ConfigError for a wrong option in `given`.
     """
     config = EffectiveConfig.of({**NO_VIDEO, **given}, spec)
     precision, scheme, size = config.models.precision, config.models.quantize, parse_size(config.video.size)

@@ -61,9 +61,11 @@ def read_requests(
 ) -> list[Request]:
     """Returns one request for each line of `jobs_file`, or a single request if `jobs_file` is None.
 
-    `typed`: the options that the user typed on the command line. If a line of `jobs_file` is wrong, its request holds
-    the error, and the other lines are read. Raises ConfigError if an option or a file is wrong. Also raises ConfigError
-    if `jobs_file` has more than five lines and none of these lines is a JSON object.
+    `typed`: the options that the user typed on the command line. `prompt_file`, `from_file` and `jobs_file`: the files
+    of --prompt-file, --from and --jobs.
+    Raises ConfigError if a typed option is wrong, or if a file cannot be used. A wrong line of `jobs_file` raises no
+    error: the request of this line holds the error, and the other lines are read. But if the file has more than five
+    lines, and none of them is a JSON object, ConfigError is raised.
     """
     prompt_file, from_file = _whole(prompt_file, "--prompt-file"), _whole(from_file, "--from")
     jobs_file = _whole(jobs_file, "--jobs")
@@ -99,7 +101,7 @@ def read_requests(
     if len(requests) > _FEW_LINES and all(isinstance(request.error, _NotAnObjectError) for request in requests):
         raise ConfigError(
             f"--jobs {jobs_file}: none of its {len(requests)} lines is a JSON object of options (line {first.line}: "
-            f"{first.error}): give a file with such lines"
+            f"{first.error}): give a file with one JSON object on each line"
         )
     return requests
 

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 
 def main(run_folder: Path, number: int) -> int:
-    """Runs rank group `number` and returns its exit code: 0, 5 if a rank failed, or 128 + the signal that ended it.
+    """Runs rank group `number`, and returns the exit code for this process.
 
-    The ranks are forks of this process. In this process, the function waits for the ranks. In each fork, the function
-    runs the worker and returns 0.
+    The exit code is 0 if all ranks succeeded, and 5 if a rank failed or the ranks could not connect. The exit code is
+    128 + n if this process got signal n.
+    The ranks are forks of this process. In each fork, this function runs the rank, and then returns 0.
     """
     document = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
     config = RanksConfig(**document["ranks"])

@@ -1,16 +1,20 @@
 """Follows the progress of rank groups, and notices if a rank group hangs.
 
-A denoising step after the first one has a time limit if the group has one rank. The step hangs if it takes longer than
---rank-timeout, and longer than ten times the slowest earlier step of the job. In a larger group, a rank that waits for
-a peer ends the group after --rank-timeout.
+There are three cases:
 
-In all other cases, a group hangs if it does nothing for three times --rank-timeout: it neither reports progress nor
-works. On a GPU, this limit is at least 600 s. In a denoising step after the first one, the limit is instead at least
-ten times the slowest earlier step.
+* A group of one rank is in a denoising step, but not in the first step of a job. The group hangs if this step takes
+  longer than --rank-timeout and longer than ten times the slowest earlier step of the job.
+* A group of several ranks is in a denoising step, but not in the first step of a job. The group hangs if it is idle for
+  longer than three times --rank-timeout and longer than ten times the slowest earlier step of the job.
+* A group does anything else, such as loading models. The group hangs if it is idle for longer than three times
+  --rank-timeout. On a GPU, it must also be idle for longer than 600 s.
 
-A group works if one of its ranks on this machine works. Before the first rank has started, the group works if its
-launcher works. A process works if it reads, writes or touches new memory. A process on a CPU also works if it uses CPU
-time. On a GPU, CPU time does not count, because a host thread uses CPU time even while it only waits for its GPU.
+In a group of several ranks, most hangs end earlier, because a rank waits for a peer only for --rank-timeout.
+
+A group is idle if it neither reports progress nor works. A group works if one of its ranks on this machine works.
+Before the first rank has started, the group works if its launcher works. A process works if it reads, writes or touches
+new memory. A process on a CPU also works if it uses CPU time. On a GPU, CPU time does not count, because a host thread
+uses CPU time even while it only waits for its GPU.
 
 Three kinds of hangs are not found: an endless loop on a CPU; a process that reads, writes or touches memory for ever;
 a launcher that stops after it has formed its rank group but before the first rank has started.
@@ -44,7 +48,7 @@ _LEAST_CPU_S = 0.015  # likewise between two looks, because the kernel counts hu
 
 @dataclass(frozen=True)
 class Work:
-    """This class holds counters of a process; they grow while the process works or reports."""
+    """This class says how much a process has worked since its start, and when it last reported."""
 
     moved: int  # bytes that were read and written, and memory pages that were touched for the first time
     cpu_s: float
@@ -67,9 +71,10 @@ class Work:
         return cls(moved, ticks / os.sysconf("SC_CLK_TCK") if on_cpu else 0.0, reported_ns)
 
     def exceeds(self, before: Work, seconds: float) -> bool:
-        """Returns whether a process worked or reported between two counts: `before`, and this one `seconds` later.
+        """Returns whether the process worked or reported in the last `seconds`.
 
-        CPU time counts as work if it is more than a waiting process uses.
+        `before`: the `Work` of the same process `seconds` ago. A little CPU time does not count as work, because a
+        process that waits also uses some.
         """
         computed = self.cpu_s - before.cpu_s > max(_LEAST_CPU * seconds, _LEAST_CPU_S)
         return computed or self.moved > before.moved or self.reported_ns > before.reported_ns
@@ -160,9 +165,11 @@ class Pace:
 def follow(
     run_folder: Path, numbers: Iterable[int], first: int, paces: dict[int, Pace], on_progress: ProgressFn
 ) -> None:
-    """Reads the progress of each rank group into `paces`, and calls `on_progress` for each new progress.
+    """Reads the progress file of each rank group, updates `paces`, and calls `on_progress` if the progress is new.
 
-    Progress of jobs whose number is below `first` is ignored, because these jobs belong to earlier batches.
+    `numbers`: the numbers of the rank groups. `paces`: {number of a rank group: its `Pace`}; missing groups are added.
+    `first`: the number of the first job of this batch. Progress of earlier jobs is ignored. `on_progress` gets the
+    index of a job in this batch.
     """
     for number in numbers:
         now, file = time.monotonic(), run_folder / PROGRESS / f"{number}.json"

@@ -59,9 +59,9 @@ def plan_skips(
     """Returns for each step a pair of bools: (the prompt's branch skips, the negative prompt's branch skips).
 
     The plan is greedy: a branch skips as soon as the limits of `settings` allow it.
-    `experts`: the expert of each step.
-    `joint`: if true, either both branches of a step skip or no branch skips. Then branches on different ranks do not
-    wait for each other.
+    `ratios`: the curve's ratios of each step. `experts`: the expert of each step.
+    `joint`: if true, a step skips both branches or none. If different ranks compute the two branches, joint skips
+    keep one rank from waiting for the other.
     `guided`: for each step, whether the step has the negative prompt's branch. None means that all steps have this
     branch.
     `always`: steps whose forwards are never skipped.
@@ -250,10 +250,10 @@ def resample(
 ) -> list[tuple[float, float]]:
     """Returns ratios for the steps `to`, interpolated from a curve's ratios for the steps `of`.
 
-    A step is (expert, timestep). Each branch of each expert is converted separately. The ratios give the residual's
-    norm at each timestep of `of`, relative to the first one. The logarithm of the norm is interpolated linearly over
-    the timestep, and extrapolated linearly outside the timesteps of `of`. The result is the ratio of the norms at each
-    step of `to` and at the step before.
+    A step is (expert, timestep). Each branch of each expert is converted separately. First, the ratios give the norm of
+    the residual at each timestep of `of`, relative to the first one. Second, the logarithm of this norm is interpolated
+    linearly over the timestep, or extrapolated linearly outside the timesteps of `of`. Third, the norm at each step of
+    `to` is divided by the norm at the step before; the first ratio of an expert is 1.
     Raises ConfigError if `of` has fewer than two timesteps of an expert in `to`, or if the logarithm changes by more
     than `_MOST_CHANGE` in one step.
     """
@@ -352,14 +352,15 @@ class ResidualCache:
 def residual_terms(
     skipped: Sequence[bool], levels: Sequence[tuple[Hashable, float]] | None = None
 ) -> dict[int, tuple[Term, ...]]:
-    """Returns the terms of each skipped step of one branch: (an earlier step, the weight of that step's residual).
+    """Returns {skipped step: terms} of one branch; the terms say which residuals replace the residual of this step.
 
-    The weighted sum of these residuals replaces the missing residual. `levels` holds (kind, noise level) of each step;
-    steps of one kind have the same expert and the same branches.
-    If `levels` is None, the residual of the last computed step is reused. If `levels` is given, the residual is
-    extrapolated linearly over the noise level, from the last two computed steps. This needs two conditions: the three
-    steps are of one kind, and the skipped step is at most two steps after the last computed step. If a condition does
-    not hold, the residual of the last computed step is reused.
+    A term is (an earlier step, the weight of that step's residual). The weighted sum of the terms replaces the missing
+    residual. `skipped`: whether each step is skipped. `levels`: (kind, noise level) of each step; steps of one kind
+    have the same expert and the same branches.
+    Usually, the residual of the last computed step is reused, with weight 1. Instead, the residual is extrapolated
+    linearly over the noise level, from the last two computed steps, if three conditions hold: `levels` is given, the
+    skipped step and the two computed steps are of one kind, and the skipped step is at most two steps after the last
+    computed step.
     """
     terms: dict[int, tuple[Term, ...]] = {}
     before, last = None, 0

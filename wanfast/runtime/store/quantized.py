@@ -60,10 +60,10 @@ class QuantizedExpert:
     loras: tuple[Lora, ...] = ()  # of both experts; only those of this expert are merged into it
 
     def inputs(self, torchao: str | None, device: str | None) -> dict[str, Any]:
-        """Returns all inputs of the artifact's key.
+        """Returns everything that the artifact depends on; the artifact's key is the hash of the result.
 
-        `torchao`: the version of torchao that quantizes, or None for the scheme bf16. `device`: "cuda" or "cpu", where
-        the weights are quantized. The scheme bf16 ignores `device`, because all devices cast to the same values.
+        `torchao`: the version of torchao that quantizes, or None for the scheme bf16. `device`: the device that
+        quantizes, "cuda" or "cpu". The scheme bf16 ignores `device`, because every device gives the same bf16 values.
         """
         loras = inputs_of(self.loras, self.expert)
         return {

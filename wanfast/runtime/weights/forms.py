@@ -1,7 +1,11 @@
 """Reads the weights of an expert from any kind of file in the table of `store.expert_files`.
 
-Some files hold fp8 or int8 numbers and their scales: `checkpoint` multiplies them, in float32 on the device. A GGUF
-file holds blocks: the package gguf dequantizes them into float32 on the CPU. All other files hold plain values.
+A file may hold values in three forms:
+
+* fp8 or int8 numbers with scales. `weights/checkpoint.py` multiplies each number by its scale, in float32 on the
+  device.
+* blocks of GGUF. The package gguf dequantizes them into float32 on the CPU.
+* plain values, which need no computation.
 """
 
 from __future__ import annotations
@@ -40,8 +44,10 @@ class Source(TypedDict):
 
 
 def source_of(files: ModelFiles, expert: Expert, ranks: int = 1) -> Source:
-    """Returns the source of an expert: the files that an option names, or else the files in the model's folder.
+    """Returns the source of an expert's weights.
 
+    The source is what --high-noise-expert or --low-noise-expert names for this expert. If the option is not given, the
+    source is the expert's files in the model's folder.
     `ranks`: how many ranks read at the same time; each of them uses an equal share of the CPU cores. Raises
     WanFastError.
     """
