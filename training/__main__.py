@@ -37,6 +37,7 @@ from training.train_experts import Clips, Kind, TinyModel
 from training.train_lora import STAGE as LORA_STAGE
 from training.train_lora import Paths
 from training.train_vae import DECODER_STAGE, LONG_STAGE, SHORT_STAGE, Windows
+from training.ways import WAYS
 from wanfast.quality.world import camera_scene, draw_scene
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.models.vae import WanVAE
@@ -67,6 +68,12 @@ def main() -> None:
     parser.add_argument("--expert-steps", type=int, default=30_000)
     parser.add_argument("--decoder-steps", type=int, default=9_000)
     parser.add_argument("--lora-steps", type=int, default=12_000)
+    parser.add_argument(
+        "--start", type=Path, help="model folder whose experts and UMT5 the stage experts trains further"
+    )
+    parser.add_argument(
+        "--way", choices=WAYS, default="default", help="how to compile the experts; training.compiled compares the ways"
+    )
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
     if options.smoke:
@@ -198,7 +205,10 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
         steps=options.expert_steps, muon_rate=0.02, weight_decay=0.05, deadline=options.deadline, ema=0.9995
     )
     batches = [kind.batch for kind in kinds]
-    return train_experts.fit(spec, sets, schedule, options.folder, options.device, batches, order)
+    start = options.start and model_files.locate(str(options.start), "artifacts")
+    return train_experts.fit(
+        spec, sets, schedule, options.folder, options.device, batches, order, start=start, way=options.way
+    )
 
 
 def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Namespace) -> list[Clips] | None:
@@ -231,7 +241,7 @@ def write(_stage: str, options: argparse.Namespace) -> bool:
 
 def fit_lora(_stage: str, options: argparse.Namespace) -> bool:
     files = model_files.locate(str(options.folder / "tiny"), "artifacts")
-    model = train_lora.trained(files).to(options.device)
+    model = train_experts.trained(files).to(options.device)
     kinds = train_experts.TOY if options.smoke else train_lora.KINDS
     sets = paths_of(files, model, kinds, options)
     schedule = Schedule(steps=options.lora_steps, muon_rate=5e-3, deadline=options.deadline, ema=0.9995)

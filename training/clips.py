@@ -1,15 +1,17 @@
 """Mixes the clips that all stages learn from, and names their formats: sizes, aspect ratios and lengths.
 
 A clip shows shapes over a pattern, a photograph under a moving camera, or shapes over a photograph, each with a share
-of its own. Photographs are the hardest for the VAE, and shapes for the experts, so the shares differ. Spinning and
-shrinking are the hardest motions to learn, so at least one in six clips of shapes shows one of the two. A clip depends
-only on its number, its format and the shares.
+of its own. Photographs are the hardest for the VAE, and shapes for the experts, so the shares differ. The experts learn
+some motions last: shapes that spin or shrink, and cameras that zoom or turn. So at least a quarter of the clips of
+shapes, and at least half of the clips of photographs alone, show one of these. A clip depends only on its number, its
+format and the shares.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -43,8 +45,8 @@ class Shares:
     shapes_over_photographs: float
 
 
-FOR_VAE, FOR_EXPERTS = Shares(0.5, 0.3), Shares(0.2, 0.2)
-_HARD = ("spin", "shrink")
+FOR_VAE, FOR_EXPERTS = Shares(0.5, 0.3), Shares(0.3, 0.2)
+_HARD, _HARD_CAMERAS = ("spin", "shrink"), ("zoom in", "zoom out", "turn right", "turn left")
 _OTHER = 10**9  # farther than any two numbers of clips
 SMALL = formats(128, 17)
 LARGE = formats(256, 33)
@@ -60,14 +62,18 @@ class Mix:
 
     def scene(self, number: int, size: tuple[int, int]) -> Scene:
         rng = random.Random(f"mix/{number}")
-        kind, is_hard = rng.random(), rng.random() < 1 / 6
-        if kind < self.shares.photographs:
-            return draw_photo_scene(number, self.photographs, size, with_shapes=False)
+        kind, luck = rng.random(), rng.random()
         while True:
-            over = kind < self.shares.photographs + self.shares.shapes_over_photographs
-            scene = draw_photo_scene(number, self.photographs, size, with_shapes=True) if over else draw_scene(number)
-            if scene.motion in _HARD or not is_hard:
-                return scene
+            if kind < self.shares.photographs:
+                scene = draw_photo_scene(number, self.photographs, size, with_shapes=False)
+                if scene.camera in _HARD_CAMERAS or luck >= 1 / 2:
+                    return scene
+            else:
+                over = kind < self.shares.photographs + self.shares.shapes_over_photographs
+                of_shapes = partial(draw_photo_scene, photographs=self.photographs, size=size, with_shapes=True)
+                scene = (of_shapes if over else draw_scene)(number)
+                if scene.motion in _HARD or luck >= 1 / 4:
+                    return scene
             number += _OTHER
 
     def render(

@@ -3,27 +3,37 @@
 #
 #   bash training/experts.sh FOLDER EXPERTS_END END [OPTION...]     # two times, in seconds since 1970
 #
-# Each OPTION goes to `python3 -m training`. The learning rate decays over the last half of the steps, so their number
-# must be known before the first one. It comes from the seconds that a step takes. If compiled gradients differ from
-# those without compilation (LOG.md), the stage ends, and the next way of compiling continues from its checkpoint.
+# Each OPTION goes to `python3 -m training`, such as `--start DIR` to train the experts of a model further. While the
+# clips are encoded, `training.compiled` looks for a way of compiling whose gradients are right. The learning rate decays
+# over the last half of the steps, so their number must be known before the first one. It comes from the seconds that a
+# step takes. If gradients are wrong nevertheless, the stage ends, and continues from its checkpoint uncompiled.
+# END equal to EXPERTS_END leaves the decoder as it is.
 set -u
 folder=$1 experts_end=$2 end=$3
 shift 3
 options=("$@")
+smoke=()
+for option in "${options[@]}"; do [ "$option" != --smoke ] || smoke=(--smoke aot_eager none); done
 left() { echo $(($1 - $(date +%s))); }
 train() { python3 -m training --folder "$folder" --minutes "$(python3 -c "print($(left "$limit") / 60)")" "${options[@]}" "$@"; }
 steps() { python3 -c "print(max(500, int(($(left "$1") - $2) / $3)))"; } # END, seconds before the first step, seconds a step
+seconds() { [ "$1" = none ] && echo 0.0565 || echo 0.032; } # a step of a way
 
 limit=$experts_end
-# Encodes the clips. An earlier call may have left a checkpoint, and the number of its steps.
-[ -e "$folder/experts.pt" ] || { train --stage experts --expert-steps 0 && rm "$folder"/experts.*; }
-for way in "TORCH_COMPILE_DISABLE=0 0.0305" "TORCHINDUCTOR_MIX_ORDER_REDUCTION=0 0.0305" "TORCH_COMPILE_DISABLE=1 0.05"; do
+mkdir -p "$folder"
+# An earlier call may have left a checkpoint, and the way and the number of its steps.
+if [ ! -e "$folder/experts.pt" ]; then
+  python3 -m training.compiled "${smoke[@]}" > "$folder/way" &
+  train --stage experts --expert-steps 0 && rm "$folder"/experts.* # encodes the clips
+  wait
+fi
+for way in "$(cat "$folder/way")" none; do
   [ "$(left "$experts_end")" -gt 60 ] || break
-  export "${way% *}"
-  echo "experts: ${way% *}"
-  [ -e "$folder/experts.pt" ] || steps "$experts_end" 80 "${way#* }" > "$folder/expert-steps"
-  train --stage experts --expert-steps "$(cat "$folder/expert-steps")" && break
+  echo "experts: way $way"
+  [ -e "$folder/experts.pt" ] || steps "$experts_end" 60 "$(seconds "$way")" > "$folder/expert-steps"
+  train --stage experts --expert-steps "$(cat "$folder/expert-steps")" --way "$way" && break
 done
 limit=$((end + 60))
 train --stage export --expert-steps 1 # also of an unfinished stage
-train --stage vae-decoder --decoder-steps "$(steps "$end" 75 0.028)" && train --stage export --expert-steps 1
+[ "$end" -gt "$experts_end" ] || exit 0
+train --stage vae-decoder --decoder-steps "$(steps "$end" 75 0.042)" && train --stage export --expert-steps 1

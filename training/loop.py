@@ -27,7 +27,7 @@ from training.muon import Muon
 _NO_MATRICES = ("norm", "modulation", "token_embedding", "pos_embedding", "head.head", "noise.up.")  # or zero at first
 _MAX_NORM = 1000.0  # before clipping; a healthy stage has 0.2 to 30
 _COMPARED = 12  # batches of each shape; faults depend on the data, and one batch may miss them
-_MAX_DIFFERENCE = 0.25  # relative, of the gradients with and without compilation; bf16 alone gives a few percent
+MAX_DIFFERENCE = 0.25  # relative, of the gradients with and without compilation; bf16 alone gives a few percent
 Batch = tuple[Tensor, ...]
 DrawFn = Callable[[int, torch.Generator], Batch]  # (step, generator) -> batch
 LossFn = Callable[..., dict[str, Tensor]]  # batch -> named terms; "loss" is minimised
@@ -196,16 +196,21 @@ def require_as_uncompiled(gradients: list[Tensor], compute: Callable[[], object]
     found = [gradient.clone() for gradient in gradients]
     with torch.compiler.set_stance("force_eager"):
         compute()
-    norms = [
-        torch.stack(torch._foreach_norm(each)).norm() for each in (torch._foreach_sub(found, gradients), gradients)
-    ]
+    difference = relative_difference(found, gradients)
     torch._foreach_copy_(gradients, found)
-    difference, norm = map(float, norms)
-    if not difference <= _MAX_DIFFERENCE * norm:
+    if not difference <= MAX_DIFFERENCE:
         raise RuntimeError(
-            f"the compiled gradients differ by {difference / norm:.0%} from those without compilation: a kernel "
-            "is wrong; change the batches' shapes, or train with TORCH_COMPILE_DISABLE=1"
+            f"the compiled gradients differ by {difference:.0%} from those without compilation: a kernel is wrong; "
+            "choose another --way (python -m training.compiled compares them)"
         )
+
+
+def relative_difference(found: list[Tensor], gradients: list[Tensor]) -> float:
+    """Returns the norm of all differences together, divided by the norm of all `gradients`."""
+    difference, norm = (
+        torch.stack(torch._foreach_norm(each)).norm() for each in (torch._foreach_sub(found, gradients), gradients)
+    )
+    return float(difference / norm)
 
 
 @dataclass(frozen=True)
@@ -220,6 +225,11 @@ class _Graph:
         torch._foreach_copy_(self.held, batch)
         self.graph.replay()
         return self.terms
+
+
+def captured(compute: Callable[[Batch], dict[str, Tensor]], example: Batch) -> Callable[[Batch], dict[str, Tensor]]:
+    """Returns `compute` as a captured CUDA graph, for batches shaped like `example`."""
+    return _capture(compute, example, None).replay
 
 
 def _capture(eager: Callable[[Batch], dict[str, Tensor]], example: Batch, pool: tuple[int, int] | None) -> _Graph:

@@ -21,14 +21,18 @@ from torch import Tensor, nn
 from training.clips import LARGE, SMALL, Format, Mix
 from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, train
 from training.train_vae import encode
+from training.ways import compile_blocks
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.conditioning import with_mask
+from wanfast.runtime.facts.choices import EXPERTS, Expert
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.media.tokenizer import PromptTokenizer
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import RotaryTables, rotary_tables
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.store.model_files import TINY
+from wanfast.runtime.store.model_files import TINY, ModelFiles
+from wanfast.runtime.weights.builders import build_expert, build_umt5
 
 _DROP = 0.125
 _LAST_GIVEN = 1 / 3
@@ -90,6 +94,19 @@ class Clips:
     lengths: Tensor
 
 
+def trained(files: ModelFiles) -> TinyModel:
+    """Returns the experts and UMT5 of a trained model, in float32 and without gradients."""
+    model, ranks = TinyModel(files.spec), Ranks("cpu")
+    for name in EXPERTS:
+        expert_of(model, name).load_state_dict(build_expert(files, name, "fp32", ranks).state_dict())
+    model.umt5.load_state_dict(build_umt5(files, "fp32", ranks).state_dict())
+    return model.requires_grad_(False)
+
+
+def expert_of(model: TinyModel, name: Expert) -> WanDiT:
+    return model.high_noise if name == "high_noise" else model.low_noise
+
+
 @torch.no_grad()
 def encode_clips(vae: WanVAE, mix: Mix, kind: Kind, number: int) -> Clips:
     """Draws, renders and encodes the clips of a kind from scene `number` on."""
@@ -129,14 +146,17 @@ def fit(
     device: str,
     batches: Sequence[int],
     order: Sequence[int],
+    *,
+    start: ModelFiles | None = None,
+    way: str = "default",
 ) -> bool:
-    """Trains on sets of clips, one for each kind; step k takes set `order[k % len(order)]`."""
-    model = TinyModel(spec).to(device)
+    """Trains on sets of clips, one for each kind; step k takes set `order[k % len(order)]`.
+
+    `start`: the trained model whose experts and UMT5 learn on, or None for new ones. `way`: how blocks are compiled.
+    """
+    model = (trained(start).requires_grad_() if start else TinyModel(spec)).to(device)
     if device == "cuda":
-        torch._dynamo.config.recompile_limit = 64  # a block is compiled once for each number of tokens
-        for expert in (model.high_noise, model.low_noise):
-            for block in expert.blocks:
-                block.compile(dynamic=False)
+        compile_blocks((model.high_noise, model.low_noise), way)
     return train("experts", model, noised(spec, sets, batches, order), flow_loss(model), schedule, folder)
 
 

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from training.clips import LARGE, SMALL
 from training.loop import Batch, DrawFn, LossFn, Schedule, load_ema, train
-from training.train_experts import Clips, Kind, TinyModel
+from training.train_experts import Clips, Kind, TinyModel, expert_of
 from wanfast.runtime.config.recipes import RECIPES
-from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.denoise import denoise
 from wanfast.runtime.facts.choices import EXPERTS, Branch, Expert
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -30,8 +29,6 @@ from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import RotaryTables, rotary_tables
 from wanfast.runtime.sampling.guidance import Guidance, guided_steps
 from wanfast.runtime.sampling.scheduler import grid, listed, solve
-from wanfast.runtime.store.model_files import ModelFiles
-from wanfast.runtime.weights.builders import build_expert, build_umt5
 
 RECIPE = "lightning-4"
 RANK = 16
@@ -110,19 +107,6 @@ class Velocity(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             velocity, _ = self.expert(x, y, timesteps, self.expert.encode_text(text), self._tables[grid_of])
         return velocity.float()
-
-
-def trained(files: ModelFiles) -> TinyModel:
-    """Returns the experts and UMT5 of a trained model, in float32 and without gradients."""
-    model, ranks = TinyModel(files.spec), Ranks("cpu")
-    for name in EXPERTS:
-        expert_of(model, name).load_state_dict(build_expert(files, name, "fp32", ranks).state_dict())
-    model.umt5.load_state_dict(build_umt5(files, "fp32", ranks).state_dict())
-    return model.requires_grad_(False)
-
-
-def expert_of(model: TinyModel, name: Expert) -> WanDiT:
-    return model.high_noise if name == "high_noise" else model.low_noise
 
 
 @torch.no_grad()

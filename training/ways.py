@@ -1,0 +1,46 @@
+"""Names the ways of compiling the experts' blocks for training.
+
+Compiled blocks have computed wrong gradients on H200 GPUs, without an error and only in some batches (LOG.md). Which
+kernel is wrong is not known. So `python3 -m training.compiled` compares these ways on the GPU that will train.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Way:
+    """Holds a backend of `torch.compile` (None: no compilation), and options of Inductor."""
+
+    backend: str | None = "inductor"
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+
+WAYS = {  # the fastest first, as far as is known
+    "default": Way(),
+    "no_mix_order": Way(inductor={"triton.mix_order_reduction": False}),
+    "no_split": Way(inductor={"split_reductions": False}),
+    "no_mix_order_split": Way(inductor={"triton.mix_order_reduction": False, "split_reductions": False}),
+    "no_persistent": Way(inductor={"triton.persistent_reductions": False}),
+    "no_fusion": Way(inductor={"max_fusion_size": 1}),
+    "aot_eager_decomp_partition": Way("aot_eager_decomp_partition"),  # Inductor's decompositions, eager kernels
+    "aot_eager": Way("aot_eager"),  # only the partition into forward and backward
+    "none": Way(None),
+}
+
+
+def compile_blocks(experts: tuple[nn.Module, ...], way: str) -> None:
+    """Lets the blocks of experts be compiled, in place; each number of tokens is compiled at its first batch."""
+    chosen = WAYS[way]
+    if chosen.backend is None:
+        return
+    torch._dynamo.config.recompile_limit = 64
+    options: dict[str, Any] = {"options": chosen.inductor} if chosen.inductor else {}
+    for expert in experts:
+        for block in expert.blocks:  # type: ignore[union-attr]
+            block.compile(dynamic=False, backend=chosen.backend, **options)
