@@ -65,7 +65,7 @@ class Bench:
     no_quality: str = ""  # why the videos are not compared
 
     def options_of(self, name: RecipeName) -> Options:
-        """Returns the options of a recipe's videos: the recipe, and the given options that the recipe can use."""
+        """Returns the options of a recipe's videos: the recipe's name, and all options of `given` that it can use."""
         unusable = {*OF_GRID} if has_levels(name) and "sigmas" not in self.given else set()
         enabled = with_recipe({"recipe": name, **{key: self.given[key] for key in self.given.keys() - unusable}})
         unusable |= {option for option, by in _ENABLED_BY.items() if not enabled.get(by)}
@@ -122,8 +122,8 @@ def recipes_of(text: str) -> tuple[RecipeName, ...]:
 def planned(bench: Bench, say: SayFn = lambda line: None) -> list[Row]:
     """Plans the cells of each recipe, and returns one row for each recipe.
 
-    If a recipe needs a quantized expert that is not stored yet, the expert is quantized first.
-    Raises the first error if no recipe can run.
+    If a recipe needs a quantized expert that is not stored yet, `say` is called with a message, and the expert is
+    quantized. If no recipe can run, raises the error of the first recipe.
     """
     rows = [_row(bench, name, say) for name in bench.recipes]
     errors = [row.error for row in rows if row.error]

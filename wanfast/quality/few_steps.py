@@ -1,18 +1,19 @@
 """Compares distilled weights with their teacher and with plain weights; `make tiny-few-steps` runs this module.
 
-Plain weights are the model's own weights, without a LoRA. Six videos are made from each held-out pair of image and
-prompt, with the same seed:
+Plain weights are the model's own weights, without a LoRA. Distilled weights are plain weights into which a pair of
+LoRAs is merged, one for each expert. A held-out scene, which training never shows, gives an image and a prompt. Six
+videos are made from this image and prompt, all with the same seed:
 
 * "teacher": plain weights, with all steps and with guidance.
-* "student": distilled weights, which are the plain weights and a pair of LoRAs, with the options of a few-step recipe.
+* "student": distilled weights, with the options of a few-step recipe.
 * "plain" and "plain, guided": plain weights, with as many steps and the same noise levels as the student.
 * "plain, as --steps" and "plain, as --steps, guided": plain weights, with as many steps as the student, but with the
   noise levels that `--steps` gives.
 
 Each video is compared with the teacher's video (PSNR, SSIM), and the video's first frame is compared with the image.
-The motion of each video is classified. The paired PSNR is the student's PSNR to the teacher, minus the PSNR of plain
-weights to the teacher. The paired PSNR is above 0 if the student is nearer to the teacher. The command prints a table
-and writes JSON.
+The motion of each video is classified. Each of the four videos of plain weights also has a paired PSNR: the student's
+PSNR to the teacher, minus this video's PSNR to the teacher. A paired PSNR above 0 means that the student is nearer to
+the teacher. The command prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ RECIPES_OF_PAIRS = tuple(
 
 @dataclass(frozen=True)
 class FewStepsTask:
-    """Names a held-out pair of image and prompt, what moves in its clip, and the recipe of the student."""
+    """Identifies a held-out scene by its number and by what moves in it; `recipe` is the student's few-step recipe."""
 
     index: int
     mover: Mover
@@ -68,7 +69,10 @@ class FewStepsTask:
 
 
 def configs(judge: Judge, recipe: RecipeName) -> dict[str, EffectiveConfig]:
-    """Returns {name of a video: its config} for the six videos of a pair; the module's docstring lists them."""
+    """Returns {name of a video: its config} for the six videos that the module's docstring lists.
+
+    `recipe`: the student's few-step recipe.
+    """
     teacher, same = judge.config, undistilled(judge.config, recipe)
     assert same.video.levels is not None
     as_spaced = teacher.replace(steps=len(same.video.levels))
@@ -85,17 +89,17 @@ def configs(judge: Judge, recipe: RecipeName) -> dict[str, EffectiveConfig]:
 
 
 def plans(judge: Judge, recipe: RecipeName, seed: int = 0) -> Iterator[tuple[str, Plan]]:
-    """Yields (name of a video, plan of this video) for each video of `configs`, the teacher's first."""
+    """Yields (name, plan) of each of the six videos of `configs`, the teacher's first; all have the seed `seed`."""
     for name, config in configs(judge, recipe).items():
         yield name, judge.plan_of(config.replace(seed=seed))
 
 
 @torch.inference_mode()
 def judged(judge: Judge, task: FewStepsTask) -> dict[str, Any]:
-    """Makes the videos of `configs` from one held-out pair, and measures them.
+    """Makes the six videos of `configs` from the held-out scene of `task`, and measures them.
 
-    The result holds the fields of `task`, the motion that the prompt asks for ("asked"), and "ways": {name of a video:
-    metrics}.
+    The result holds the fields of `task`, and two more keys. "asked" is the motion that the prompt asks for. "ways" is
+    {name of a video: its metrics}. The metrics are {"shown": the motion in the video, name of another metric: value}.
     """
     scene, truth = judge.held_out(task.index, task.mover)
     teacher, ways = None, {}
@@ -116,11 +120,11 @@ def judged(judge: Judge, task: FewStepsTask) -> dict[str, Any]:
 
 
 def summarise(results: list[dict[str, Any]], forwards: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
-    """Returns {"shape": rows of the clips with a moving shape, "camera": rows of the clips with a moving camera}.
+    """Returns {"shape": rows of the scenes with a moving shape, "camera": rows of the scenes with a moving camera}.
 
-    If `results` hold no clip with a moving camera, the key "camera" is missing. Each of the six videos of `configs` has
-    one row, with its figures over all pairs of image and prompt.
-    `results`: the result of `judged` for each pair. `forwards`: {name of a video: the number of its forwards}.
+    Each of the six videos of `configs` has one row: in how many scenes the video follows the prompt, and the mean of
+    each metric over the scenes. If no scene has a moving camera, the key "camera" is missing.
+    `results`: the result of `judged` for each scene. `forwards`: {name of a video: the number of its forwards}.
     """
     movers = dict.fromkeys(result["mover"] for result in results)
     return {

@@ -9,7 +9,7 @@ colour with this motion.
 
 Several clips are rendered at once on the device. Any frame, or any window of a frame, can be rendered alone.
 
-Shapes: B clips, F frames, H x W pixels; S shapes in the atlas. Places are (x, y) in units of the frame's short side;
+Shapes: B clips, F frames, H x W pixels; S kinds of shapes. Places are (x, y) in units of the frame's short side;
 the frame's centre is (0.5, 0.5).
 """
 
@@ -106,10 +106,10 @@ def is_held_out(shape: str, colour: str, motion: str) -> bool:
 def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15) -> Scene:
     """Returns a random scene of shapes; the same arguments give the same scene.
 
-    If `held_out` is true, the scene's combination of shape, colour and motion is held out of training. Otherwise
-    training may show this combination. `camera_share`: the approximate probability that the camera moves in a training
-    scene; in a held-out scene, the probability is smaller. If the camera moves, the caption also names the camera's
-    motion, and the subject stands still.
+    If `held_out` is true, training never shows the scene's combination of shape, colour and motion. If `held_out` is
+    false, the scene is a training scene. `camera_share`: the approximate probability that the camera moves in a
+    training scene; a held-out scene has a smaller probability. If the camera moves, the subject stands still, and the
+    caption also names the camera's motion.
     """
     rng = random.Random(f"{seed}/{held_out}")
     while True:
@@ -159,9 +159,9 @@ def camera_scene(
 ) -> Scene:
     """Returns a scene in which the camera moves over a photograph; such scenes test the model's camera motions.
 
-    `index`: the number of the scene, from 0; it chooses the camera's motion. Successive numbers take all motions in
-    turn. `photograph`: the index of the photograph. If it is None, `index` chooses the photograph in the same way.
-    `size`: (width, height) of the frames in pixels.
+    `index`: the number of the scene, from 0. The camera's motion has the index `index` modulo the number of motions.
+    `photograph`: the index of the photograph; None means `index` modulo the number of photographs. `size`: (width,
+    height) of the frames in pixels.
     """
     rng = random.Random(f"{index}/judge")
     name = list(CAMERAS)[index % len(CAMERAS)]

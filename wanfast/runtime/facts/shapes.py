@@ -83,10 +83,11 @@ def fit_geometry(
     """Returns the sizes of a video with the image's aspect ratio, and about as many pixels as --size.
 
     --size is area_width x area_height. `image_size` is the image's (width, height). Each side is rounded down to a
-    multiple of 16 pixels. Every float64 operation is that of the reference program, so that this function rounds in the
-    same way. For example, at --size 832x480 an image of 832x480 gives a video of 832x464.
+    multiple of 16 pixels, in exactly the same way as by the reference program. For example, at --size 832x480 an image
+    of 832x480 gives a video of 832x464.
     Raises ConfigError if a side becomes 0. Source: Wan-Video/Wan2.2, wan/image2video.py.
     """
+    # Every float64 operation is that of the reference program, so that this function rounds in the same way.
     image_width, image_height = image_size
     area, aspect = area_width * area_height, image_height / image_width
     stride, (_, patch_y, patch_x) = spec.vae.spatial_stride, spec.dit.patch_size

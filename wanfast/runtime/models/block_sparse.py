@@ -1,11 +1,11 @@
-"""This module lets each block of queries attend only to listed blocks of keys.
+"""This module lets each block of queries attend only to the blocks of keys in its block list.
 
-The softmax is over the keys of the listed blocks only; nothing else is approximated. On a GPU, FlashAttention-4
-computes the result. On a CPU, plain PyTorch gathers the listed keys for one block of queries at a time; the tests
+The softmax is over the keys of these blocks only; nothing else is approximated. On a GPU, FlashAttention-4
+computes the result. On a CPU, plain PyTorch gathers these keys for one block of queries at a time; the tests
 compare the GPU kernel with this code.
 
 Shapes: B batch, L tokens, H heads, D head dim, c tokens of a block, M blocks of queries, N blocks of keys, W entries of
-the longest list. The last block may have fewer than c tokens.
+the longest block list. The last block may have fewer than c tokens.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from wanfast.runtime.models.attention_kernels import fa4
 
 
 class BlockLists(NamedTuple):
-    """Holds one list of key blocks for each head and each block of queries, in the format of FlashAttention-4.
+    """Holds one block list for each head and each block of queries, in the format of FlashAttention-4.
 
-    A block of queries attends only to the key blocks in its list.
+    A block of queries attends only to the blocks of keys in its block list.
     """
 
     counts: Tensor  # [B, H, M] int32: entries that count in each list
@@ -31,10 +31,10 @@ class BlockLists(NamedTuple):
 
 
 def block_sparse_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
-    """Returns softmax(q k^T / sqrt(D)) v over the keys of the listed blocks, [B, L, H, D] in the dtype of q.
+    """Returns softmax(q k^T / sqrt(D)) v, [B, L, H, D] in the dtype of q.
 
-    `block`: the number c of tokens in a block. Raises ValueError if a list is empty, because a softmax needs keys. To
-    read the lengths of the lists, the host waits for the GPU.
+    The softmax of each block of queries is only over the keys in its block list. `block`: the number c of tokens in a
+    block. Raises ValueError if a block list is empty. For this check, the host waits for the GPU.
     """
     if not bool((lists.counts > 0).all()):
         raise ValueError("a list has no block of keys: list at least 1 block for each block of queries")
@@ -42,9 +42,9 @@ def block_sparse_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists
 
 
 def listed_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
-    """Returns the same as `block_sparse_attention`, but does not check the lists.
+    """Returns the same as `block_sparse_attention`, but does not check whether a block list is empty.
 
-    The caller must ensure that no list is empty. Without the check, the host does not wait for the GPU.
+    The caller must ensure that no block list is empty. The host does not wait for the GPU.
     """
     return (_by_fa4 if q_BLHD.is_cuda else emulated)(q_BLHD, k_BLHD, v_BLHD, lists, block)
 
@@ -63,9 +63,10 @@ def _by_fa4(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, block: int) -> T
 
 
 def emulated(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
-    """Computes `block_sparse_attention` in plain PyTorch, on any device and in any dtype; no list may be empty.
+    """Computes `block_sparse_attention` in plain PyTorch, on any device and in any dtype.
 
-    The result of a head does not depend on the lists of other heads, not even in its last bits.
+    No block list may be empty. The result of a head does not depend on the block lists of other heads, not even in its
+    last bits.
     """
     # Padding of a list may change the last bits. So heads are computed together only if no list must be padded for it.
     out, longest = torch.empty_like(q_BLHD), lists.counts.amax((0, 2))

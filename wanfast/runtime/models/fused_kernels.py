@@ -5,7 +5,7 @@ reach 2.7 of an H100's 3.35 TB/s (LOG.md). For compiled blocks, `make_operators`
 torch. So a block stays one graph, and Inductor's caches also hold these kernels. Float arguments are constexpr.
 Otherwise Inductor would pass them as float64, and the kernels would compute in float64.
 
-Shapes: B batch (1), L tokens, d model dim, D head dim.
+Shapes: B batch (1), L tokens, d model dim, H heads, D head dim.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def _launch(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 def rms_norm_rotate(
     x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None, parts: int
 ) -> Tensor:
-    """Returns x / rms(x) * weight for x [B, L, d], rotated if cos and sin are given: [parts, B, L, d / parts].
+    """Returns x / rms(x) * weight for x [B, L, d]; each head is rotated if cos and sin are given.
 
-    The mean square is over all d values of a token; then these values are divided into `parts` equal groups. x may be
-    a column slice of a larger tensor. cos and sin are [L, 1, D/2], where D is the head dim.
+    The mean square is over all d values of a token. The result is [parts, B, L, d / parts]: the heads are split into
+    `parts` equal groups. x may be a column slice of a larger tensor. cos and sin are [L, 1, D/2].
     """
     d = x.shape[-1]
     assert x.stride(-1) == 1, "the values of a row must be adjacent"
@@ -116,11 +116,12 @@ def heads_to_fp8(
     hadamard: bool,
     parts: int,
 ) -> Tensor:
-    """Returns x [B, L, d] divided by the `scale` [H] of each head, in float8 e4m3: [parts, B, L, d / parts].
+    """Divides each head of x [B, L, d] by the head's `scale`, and returns the result in float8 e4m3.
 
-    Before the division, up to four steps run in this order: x / rms(x) * weight, rotation, the Hadamard matrix, and
-    x - centre. A step is left out if its argument is None or False. `centre` is [H, D], where D is the head dim. x may
-    be a column slice of a larger tensor.
+    The result is [parts, B, L, d / parts]: the heads are split into `parts` equal groups. `scale` is [H].
+    Before the division, up to four steps run in this order: x / rms(x) * weight, rotation by cos and sin, the Hadamard
+    matrix, and x - centre. A step is left out if its argument is None or False. `centre` is [H, D]. x may be a column
+    slice of a larger tensor.
     """
     d, head_dim = x.shape[-1], x.shape[-1] // scale.numel()
     assert x.stride(-1) == 1, "the values of a row must be adjacent"

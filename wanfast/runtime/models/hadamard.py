@@ -1,4 +1,6 @@
-"""Multiplies each head's channels by a Hadamard matrix, which spreads large values of a few channels over all.
+"""Multiplies each head's channels by a Hadamard matrix.
+
+If a few channels of a head have large values, the matrix spreads these values over all channels of the head.
 
 Shapes: D head dim.
 """

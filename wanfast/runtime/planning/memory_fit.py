@@ -1,7 +1,7 @@
 """Computes whether a model fits on this machine, for 1, 2, 4 and 8 GPUs and for each placement of the experts.
 
-The needed bytes are those that a run would compute, because both call `planning/placement.py`. If this machine has no
-GPU, the needed bytes are compared with the memory of common GPUs that a user can rent.
+A run computes the needed bytes in the same way, with the module `planning.placement`. If this machine has no GPU, the
+needed bytes are compared with the memory of common GPUs that a user can rent.
 This module does not import torch.
 """
 
@@ -62,10 +62,10 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """This class says how much memory a model needs on 1, 2, 4 and 8 GPUs, and where it fits.
+    """This class says how much memory a model needs on 1, 2, 4 and 8 GPUs, and whether this memory is free.
 
-    `ways` has one entry for each possible pair (number of GPUs, mode). `ways` is sorted by the number of GPUs.
-    Among entries with the same number of GPUs, the fastest mode comes first.
+    `ways` has one `Way` for each possible pair (number of GPUs, mode). `ways` is sorted by the number of GPUs. Among
+    entries with the same number of GPUs, the fastest mode comes first.
     """
 
     spec: ModelSpec

@@ -116,7 +116,7 @@ def _levels(sigmas: np.ndarray, *, is_scaled: bool) -> Levels:
 
 
 def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
-    """Returns all steps of `solver` on the solver's own grid of noise levels."""
+    """Returns all `num_steps` steps of `solver`, at the noise levels that `grid` returns for the same arguments."""
     return solve(solver, grid(solver, num_steps, shift), num_steps)
 
 

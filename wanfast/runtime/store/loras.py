@@ -1,7 +1,8 @@
-"""Finds LoRA files, computes their hashes, reads their headers, and checks for which experts the files are.
+"""Finds LoRA files, computes their hashes, reads their headers, and checks that each file fits its option.
 
-A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. The tensors of a LoRA are matched with the model's
-tensors only when an expert is loaded, because only `models.dit` knows the names and shapes of the model's tensors.
+A LoRA is named by --lora (for both experts), --lora-high-noise or --lora-low-noise. The tensors of a LoRA are matched
+with the model's tensors only when an expert is loaded, because only `models.dit` knows the names and shapes of the
+model's tensors.
 This module does not import torch.
 """
 
@@ -74,7 +75,10 @@ class Lora:
 
 
 def loras_of(models: ModelsConfig) -> tuple[Lora, ...]:
-    """Returns the LoRAs of `models` in the order in which they are merged; `models.lora_sha256` must be complete."""
+    """Returns the LoRAs of `models` in the order in which they are merged.
+
+    `models.lora_sha256` must already hold the hashes of the LoRA files.
+    """
     return tuple(
         Lora(option, file, strength, sha256)
         for (option, file, strength), sha256 in zip(_given(models), models.lora_sha256, strict=True)

@@ -187,7 +187,11 @@ def torchao_version() -> str | None:
 
 
 def require_torchao(option: str) -> str:
-    """Returns the installed version of torchao; raises ConfigError if torchao is not installed."""
+    """Returns the installed version of torchao.
+
+    Raises ConfigError if torchao is not installed. The error says that `option`, such as "--quantize-on-the-fly", needs
+    torchao.
+    """
     found = torchao_version()
     if found is None:
         raise ConfigError(f"{option} needs torchao: run `{TORCHAO_FIX}`")

@@ -46,7 +46,7 @@ _WORTH_SHARING = 1 << 20  # values: for fewer, an exchange costs more than readi
 
 
 def unmerged(name: str, rows: Tensor, span: tuple[int, int]) -> tuple[Tensor, Finite]:
-    """Returns (`rows`, {}): the default of `merge`, which merges no LoRA and so reads no other tensors."""
+    """Returns (`rows`, {}). This function is the default of `merge`. It adds no LoRA."""
     return rows, {}
 
 
@@ -126,10 +126,12 @@ def refill(
     merge: MergeFn,
     reader: ReaderFn = plain_reader,
 ) -> None:
-    """Overwrites the weights of a loaded `module` in place: reads `files` as `load` does, with the same arguments.
+    """Overwrites the weights of a loaded `module` in place with the values in `files`.
 
-    `held`: the module's tensors by the names of its state dict, on `device`.
-    Raises CorruptArtifactError. Then `module` must be loaded again, because only some of its tensors were overwritten.
+    `held`: {name in the module's state dict: tensor}, with all tensors of `module`. The other arguments are those of
+    `load`.
+    Raises CorruptArtifactError as `load` does. After this error, some tensors may be overwritten and others not.
+    Therefore, `module` must be loaded again.
     """
     quantizing = _schemes(module, held) if on_the_fly else {}
     source = _Source(files, network, layout, reader)
@@ -195,7 +197,10 @@ def stream(
 
 @dataclass(frozen=True)
 class TensorRows:
-    """This class reads rows of one tensor on the CPU: call it with (first, end). `merge` may add LoRAs to the rows."""
+    """This class reads rows of one tensor on the CPU: call it with (first, end).
+
+    The field `merge` is the function that adds LoRAs to the rows; the function `unmerged` adds none.
+    """
 
     tensor: _Tensor
     merge: MergeFn
@@ -211,10 +216,10 @@ class TensorRows:
         return merged
 
     def taken(self, first: int, end: int, scheme: Scheme) -> tuple[Tensor, Tensor] | None:
-        """Returns (8-bit values [n, K], float32 scales [n]) of the rows first..end-1, just as the file stores them.
+        """Returns the stored 8-bit values [n, K] and float32 scales [n] of the n rows first..end-1.
 
-        Returns None if the file does not hold values in the 8-bit dtype of `scheme`, with scales. Also returns None if
-        `merge` may add LoRAs.
+        If the file stores one scale for the whole tensor, this scale is repeated n times. Returns None if the tensor
+        has no scales, if its dtype is not the 8-bit dtype of `scheme`, or if `merge` is not `unmerged`.
         """
         if self.merge is not unmerged:
             return None
@@ -396,7 +401,8 @@ _REMAP_BYTES = 1 << 30
 class SafetensorsReader:
     """This Reader reads a memory-mapped safetensors file.
 
-    After each gigabyte, the file is mapped again, which frees the memory of the pages that were read.
+    Whenever another gigabyte has been read, the file is mapped again. This frees the memory of the pages that were
+    read.
     """
 
     def __init__(self, file: Path) -> None:

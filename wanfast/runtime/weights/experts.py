@@ -36,13 +36,14 @@ class Experts(Protocol):
         """Returns (the expert, ready to run; a function to pass to the expert's forward as `after_block`).
 
         `blocks`: whether this forward runs the expert's blocks; False if a cached residual replaces them.
-        `then`: None, except in the last high-noise forward that runs the blocks. In this forward, `then` is
-        "low_noise", and `after_block` may overwrite each block that has run with the low-noise expert's block.
+        `then`: pass "low_noise" in the last high-noise forward that runs the blocks, and None in all other forwards.
+        With "low_noise", `after_block` may overwrite a block that has run: the block then holds the weights of the
+        low-noise expert.
         """
         ...
 
     def leave(self) -> None:
-        """Ends the use of the experts for a video; offloaded experts free their GPU memory until the next `take`."""
+        """Frees the GPU memory of offloaded experts until the next `take`; resident experts stay on the device."""
         ...
 
     def evict(self, size: int) -> bool:
