@@ -27,10 +27,11 @@ _MAX_TURN = math.radians(25)  # between frames
 
 @dataclass(frozen=True)
 class ThingVerdict:
-    """Holds the motion whose path is nearest to the path of the tracked shape, and the error of each motion.
+    """Names the known motion that is nearest to the motion of the tracked shape.
 
-    An error is the distance of a motion's path from the tracked path. If the tracker lost the shape, the motion is None
-    and there are no errors.
+    `motion`: a name in `motions.MOTIONS`. `errors`: for each name in `MOTIONS`, the distance between that motion and
+    the shape's motion, computed by `motions.errors_of`. If the tracker lost the shape, `motion` is None and `errors`
+    is empty.
     """
 
     motion: str | None
@@ -38,7 +39,7 @@ class ThingVerdict:
 
 
 def classify(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> ThingVerdict:
-    """Returns the motion that frames [F, H, W, 3] show; `colour` is the shape's RGB."""
+    """Finds which known motion a shape makes in frames [F, H, W, 3]; `colour` is the shape's RGB, in 0..255."""
     path = track(frames, colour)
     if path is None:
         return ThingVerdict(None, {})

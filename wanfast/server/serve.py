@@ -105,7 +105,7 @@ def address_of(host: str, port: int) -> str:
 
 
 def keys_of(settings: ServerSettings) -> Keys:
-    """Reads the keys of a server. Raises ConfigError."""
+    """Reads the API keys from the file of --api-key-file; without a file, returns `Keys()`. Raises ConfigError."""
     return Keys.read(settings.api_key_file) if settings.api_key_file else Keys()
 
 
@@ -117,10 +117,10 @@ def parts_of(
     defaults: Mapping[str, Any],
     start: Callable[[Opened], Handle] = Handle,
 ) -> Iterator[Parts]:
-    """Opens the queue, starts the ranks, and yields the objects that the HTTP routes use.
+    """Opens the queue, starts the ranks, and yields `Parts`: the objects that the HTTP routes use.
 
-    To make the queued videos, the caller must call `run` of the worker. The end of the `with` block ends the ranks.
-    Raises WanFastError.
+    One of the objects is `Parts.worker`. The queued videos are made only while its method `run` runs, and the caller
+    must call this method. The end of the `with` block ends the ranks. Raises WanFastError.
     """
     served, files = Served.of(opened, defaults, settings.max_clips), Files(settings.data_dir)
     warm_up = warm_up_of(opened, served, files)
@@ -153,10 +153,11 @@ def parts_of(
 
 
 def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
-    """Returns the options of the warm-up video, which has the server's default options but few steps.
+    """Returns the options of the warm-up video: the server's default options, but few steps.
 
-    A video with all steps is planned first, so that a server with wrong default options does not start. Raises
-    WanFastError.
+    If the model takes images, the warm-up video gets a grey image; this function writes the image into `files.folder`.
+    Raises WanFastError if a video with the default options and all their steps cannot be planned. So a server with
+    wrong default options does not start.
     """
     image: dict[str, Any] = {}
     if served.spec.takes_images:

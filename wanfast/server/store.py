@@ -304,11 +304,11 @@ class Store:
         return ended + again.rowcount
 
     def cancel(self, video: str, owner: str, *, deletes: bool = False) -> StoredJob | None:
-        """Cancels a job; returns the job, or None if there is no such job.
+        """Cancels a job; returns the job, or None if the owner has no such job.
 
         A queued or running job ends with the error code `cancelled`. A job that has already ended keeps its status.
-        If `deletes` is true, the owner can no longer see the job, and its prompt, other options and figures are
-        removed. Then the job is returned as it was before the call.
+        If `deletes` is true, the owner can no longer see the job, and its prompt, other options and `facts` are
+        removed. The returned job then has the status, options and `facts` from before the call.
         """
         mine = and_(_visible(owner), JOBS.c.id == video)
         with self._writing() as connection:
@@ -332,7 +332,7 @@ class Store:
         return {row.output or StoredJob.of(row).attempt for row in rows}
 
     def forget(self) -> None:
-        """Removes the rows of old jobs: jobs that failed or whose video expired more than 30 days ago."""
+        """Removes old jobs: a failed job 30 days after it ended, any other job 30 days after its video expired."""
         long_ago = time.time() - _HISTORY_S
         old = or_(JOBS.c.expires_at < long_ago, and_(JOBS.c.expires_at.is_(None), JOBS.c.completed_at < long_ago))
         with self._writing() as connection:

@@ -96,10 +96,9 @@ def one_out_of_memory_error() -> Iterator[None]:
 def is_out_of_memory(error: MemoryError | RuntimeError, free: int) -> bool:
     """Returns whether an error means that memory ran out; `free` is the number of free bytes on the device.
 
-    Python and numpy raise MemoryError, and torch has an error class for a GPU's memory. torch's CPU allocator, CUDA,
-    cuBLAS, cuDNN and Triton may raise a RuntimeError, and only the text of this error says that memory ran out. Without
-    memory, cuDNN may also report that it finds no engine, and cuBLAS and cuDNN may report that they are not
-    initialized. These reports have other causes too, so they count only if less than 4 GiB are free.
+    The answer is True for MemoryError, for torch.OutOfMemoryError, and for CUDA's code of a failed allocation. For a
+    plain RuntimeError, the error's text decides. A text such as "CUDNN_STATUS_NOT_INITIALIZED" has other causes too, so
+    the answer is True only if `free` is less than 4 GiB.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True

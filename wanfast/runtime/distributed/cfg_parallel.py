@@ -1,9 +1,9 @@
 """Parallel guidance runs the prompt's branch on half of the ranks, and the negative prompt's branch on the other half.
 
 The branches of one step do not depend on each other, so the halves exchange only the two velocities, after the forward.
-Each velocity has 16 T h w float32 values: 19 MB for a video of 1280x720 and 81 frames. In a step without guidance, the
-ranks regroup, and all of them share the tokens of the one branch (`Ranks.unguided`). If the number of ranks does not
-divide the number of attention heads, both halves compute the same forward instead.
+Each velocity has 16 T h w float32 values: 19 MB for a video of 1280x720 and 81 frames. A step without guidance has only
+one branch, and all ranks share its tokens (`Ranks.unguided`). This works only if the number of attention heads is a
+multiple of the number of ranks. Otherwise both halves compute the same forward in such a step.
 Source: classifier-free guidance (arXiv 2207.12598); the split is that of xDiT (arXiv 2411.01738) section 4.1.3.
 
 Shapes: B batch, C latent channels, T/h/w latent grid.

@@ -67,7 +67,7 @@ class Ranks:
         return dataclasses.replace(self, mesh=Mesh(ulysses=self.size), groups={"ulysses": self.whole}, whole=None)
 
     def rows(self, latent_rows: int) -> Rows:
-        """Returns the `Rows` object that shares the VAE's frames among ranks.
+        """Returns the `Rows` object that divides the rows of each frame of the VAE among the ranks.
 
         `latent_rows`: the number of rows (Y) of the latents.
         """

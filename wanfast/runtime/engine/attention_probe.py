@@ -1,12 +1,12 @@
-"""This module runs an attention kernel on two small problems, and compares its results with the formula in float64.
+"""This module runs an attention kernel on two small problems, and compares its results with exact results in float64.
 
 A package that can be imported may still lack kernels for this GPU, or need another layout or CUDA version. So the state
 "runs" means that the kernel's results were correct. Shapes: B batch, L tokens, H heads, D head dim.
 
 The first problem has whole blocks of tokens, contiguous tensors, and as many queries as keys. In the second problem,
-the last block is not full, v is a slice of a wider tensor, and there are more keys than queries. A video has calls of
-both forms.
-Cost: two forwards for each kernel. FlashAttention-4 also compiles for about ten seconds, but only once.
+the last block is not full, v is a slice of a wider tensor, and there are more keys than queries. Calls of
+both kinds occur in a video.
+Cost: each kernel is called twice. FlashAttention-4 also compiles for about ten seconds, but only once.
 Limit: if a kernel breaks the process's CUDA context, all later kernels fail too.
 """
 
@@ -40,7 +40,11 @@ _FAILURES = (RuntimeError, ImportError, OSError, AssertionError, TypeError, Valu
 
 @dataclass(frozen=True)
 class Finding:
-    """Holds the result of a probe: whether the kernel runs, its largest relative error, or why it does not run."""
+    """Holds the result of a probe.
+
+    If the kernel gives correct results, `state` is "runs", and `relative_error` is the largest error that was measured.
+    Otherwise `reason` says why the kernel does not run.
+    """
 
     state: Literal["runs", "not installed", "fails"]
     relative_error: float | None = None  # None if the kernel does not run
@@ -102,10 +106,11 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
 
 
 def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> Choice:
-    """Returns the leader's choice of kernel on all ranks, after every rank has probed this kernel.
+    """Lets the leader choose a kernel, lets every other rank probe that kernel, and returns the leader's choice.
 
-    Every rank probes, because a kernel may be missing on another machine. Raises ConfigError on all ranks if, on
-    at least one rank, the kernel is not installed or does not give correct results.
+    All ranks must call this function, and all get the same choice. Every rank probes, because a kernel may be missing
+    on another machine. Raises ConfigError on all ranks if, on at least one rank, the kernel is not installed or does
+    not give correct results.
     """
     choice = ranks.lead(lambda: choose(asked, ranks.device, dtype, head_dim))
 

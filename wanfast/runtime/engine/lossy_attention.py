@@ -118,8 +118,9 @@ class LossyAttention:
     def errors(self) -> dict[tuple[int, Branch, int], list[Any]]:
         """Returns {(step, branch, layer): the relative errors of all heads, in the model's order}.
 
-        The heads of all ranks are included. A head usually has one error. If `SparseAttention.measure` was called, a
-        head has a list of errors: one for each setting that is tried. All ranks must call this method.
+        The heads of all ranks are included. A head usually has one error. After a call of
+        `SparseAttention.measure`, a head has a list of errors: one for each item of `ladder`, then one for float8 if
+        `fp8` was true. All ranks must call this method.
         """
         by_rank = self._ranks.gather({key: (heads, errors.tolist()) for key, (heads, errors) in self._errors.items()})
         found: dict[tuple[int, Branch, int], dict[int, Any]] = {}

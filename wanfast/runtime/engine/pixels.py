@@ -79,9 +79,9 @@ def arrived(
     `pieces` yields this rank's rows of the decoded video, a few frames at a time: [3, f, h, W] in [-1, 1]. `rows` joins
     the rows of all ranks on the leader. `geometry` gives the number of frames. The leader calls `on_frames` with the
     frames of each piece, in order; at the same time, a GPU decodes the next piece.
-    Raises NotFiniteError if a piece contains NaN or an infinity. Also raises a WanFastError of `on_frames`. After the
-    first error, `on_frames` is not called again, but all pieces are still decoded, because other ranks need this rank's
-    rows. Then the error is raised.
+    Raises NotFiniteError if a piece contains NaN or an infinity. If `on_frames` raises a WanFastError, this function
+    raises the same error. The first error is raised after the last piece is decoded, because other ranks need this
+    rank's rows of all pieces. After the first error, `on_frames` is not called again.
     """
     on_gpu = device == "cuda"
     finite = torch.empty(geometry.frames, dtype=torch.bool, pin_memory=on_gpu)  # of the piece that a frame begins

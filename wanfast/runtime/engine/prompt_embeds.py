@@ -57,10 +57,10 @@ def prompt_embeds(
     before_load: Callable[[], None] = lambda: None,
     most: int | None = None,
 ) -> Encoded:
-    """Encodes the texts that have no stored embedding, stores their embeddings, and returns embeddings on every rank.
+    """Returns the embeddings of `texts` on every rank; first encodes and stores the embeddings that are not stored yet.
 
-    If `most` is given, only the embeddings of the first `most` texts are returned. But an embedding that could not be
-    stored is returned in any case.
+    If `most` is given, returns the embeddings of the first `most` texts, and of later texts only those embeddings that
+    could not be stored.
     The texts to encode are divided among the ranks. A rank with such texts calls `before_load`, loads UMT5, encodes its
     texts, and frees UMT5. The seconds of loading are added to `loads`. With `--t5-fsdp on`, the ranks share one sharded
     UMT5, and encode every text together.

@@ -25,8 +25,8 @@ _TOGETHER_S = 1.0  # errors this close to each other may be written in another o
 def error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tuple[int, WanFastError]:
     """Returns why a rank group failed, as (the time in nanoseconds since the epoch, the error).
 
-    `replica`: the number of the rank group. `config`: the options of the ranks. If several ranks failed, the error is
-    that of the rank that made the others fail.
+    `replica`: the number of the rank group. `config`: the options of the ranks. A rank that fails makes the other
+    ranks of the group fail too; the returned error is that of the rank that failed first.
     """
     folder, logs = run_folder / RANKS, f"logs of all ranks in {run_folder / 'logs'}"
     agent = folder / f"{replica}.json"

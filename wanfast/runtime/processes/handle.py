@@ -1,8 +1,8 @@
 """The handle of the Python API starts the ranks, and gives them one video after another to make.
 
-The module does not import torch, because only the ranks need torch, and the ranks are other processes. Any thread may
-call every method; videos are made one at a time. If a rank dies, the video that it was making fails, and the ranks are
-started again for the next video. If an idle rank dies, no video fails.
+The module does not import torch, because only the ranks need torch, and the ranks are other processes. All methods
+may be called from any thread. Videos are made one at a time. If a rank dies, the video that it was making fails, and
+the ranks are started again for the next video. If an idle rank dies, no video fails.
 """
 
 from __future__ import annotations
@@ -209,13 +209,13 @@ class Handle:
     ) -> Video:
         """Makes one video and waits for it.
 
-        `options`: options of `wanfast generate` by their Python names; `magcache_k` means --magcache-k. Options of
-        models and ranks are refused here, because `wanfast.open` takes them. Options of the output file are refused
-        too, because `Video.save` takes them. LoRAs, settings of lossy attention and `recipe` are accepted. If `recipe`
-        is given, the loaded models must fit this recipe.
-        `on_progress(stage, steps done, number of steps)` is called in the thread that called `make`. So is
-        `on_frames(plan, frames)`, with a few frames [f, H, W, 3] at a time, while later frames are decoded. If one of
-        the two raises an exception, the video is cancelled and `make` raises that exception.
+        `options`: options of `wanfast generate` by their Python names; `magcache_k` means --magcache-k. LoRAs,
+        settings of lossy attention and `recipe` are accepted. The loaded models must fit the recipe. `make` refuses all
+        other options of models and ranks (pass them to `wanfast.open`), and the options of the output file (pass them
+        to `Video.save`).
+        `on_progress(stage, steps done, number of steps)` and `on_frames(plan, frames)` are called in the thread that
+        called `make`. `on_frames` gets a few frames [f, H, W, 3] at a time, while later frames are decoded. If
+        `on_progress` or `on_frames` raises an exception, the video is cancelled and `make` raises that exception.
         Raises ConfigError if an option is wrong, RankFailedError if a rank died, CancelledError after a call of
         `cancel`, or another WanFastError.
         """

@@ -1,8 +1,8 @@
 """Runs one rank group on a machine of a Ray cluster; the user's command runs on another machine.
 
 The ranks keep running from one line of a list to the next, so that models are loaded once. An image arrives as bytes
-and a video leaves as bytes, because the machines need not share a disk. Weights, experts, LoRAs and artifacts lie on
-each machine, under the same paths.
+and a video leaves as bytes, because the machines need not share a disk. Weights, LoRAs and artifacts are not sent: each
+machine must have them under the same paths.
 This module imports neither Ray nor torch; the command starts `RemoteGroup` as a Ray actor.
 """
 
@@ -58,8 +58,8 @@ class RemoteGroup:
         """Compares this machine's weights with those on the machine where the user runs the command.
 
         Returns None if the weights are equal, else the error as a JSON document.
-        `jobs`: one pair for each model. The first item is a job that uses the model, as JSON. The second item holds the
-        fingerprints of the model's weights on the user's machine.
+        `jobs`: one pair for each model. The first item is a job that uses the model, as JSON. The second item is
+        {component of the model: fingerprint of its weights on the user's machine}.
         """
         try:
             for document, fingerprints in jobs:
@@ -80,8 +80,8 @@ class RemoteGroup:
     def make(self, document: dict[str, Any], images: Mapping[str, bytes]) -> Delivered:
         """Makes the video of a job, and returns the video's document and files, or an error.
 
-        `document`: the job as JSON; it must name an output file. `images`: {flag: content} of each image file; the
-        flag is that of the file's option, such as "--image".
+        `document`: the job as JSON; it must name an output file. `images`: one item for each option of the job
+        that names an image file, such as {"--image": content of the file}.
         """
         self._state = ("", 0, 0)
         try:

@@ -40,9 +40,10 @@ def result_file(run_folder: Path, index: int) -> Path:
 
 
 def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
-    """Makes a new folder `root`/runs/<UTC time>-<first 8 digits of the key of `inputs`>, and returns its path.
+    """Makes a new folder in `root`/runs, and returns its path.
 
-    A number is appended to the name if another run has the same name. Raises ConfigError if the folder cannot be made.
+    The folder's name is <UTC time>-<first 8 hex digits of the sha256 of `inputs`>. If a folder of this name exists, a
+    number is appended. `inputs`: a JSON object that describes the run. Raises ConfigError if the folder cannot be made.
     """
     stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{key_of(inputs)[:8]}"
     with writing_to(root):

@@ -50,8 +50,9 @@ def identity(files: list[Path], artifacts: Path) -> str:
 def digest_of(files: Iterable[Path], artifacts: Path, option: str) -> str:
     """Returns one hash of the contents of `files`; for one file, the hash is the file's sha256.
 
-    The order of the files matters. Their names do not matter, because users choose them. `artifacts` and `option` are
-    those of `sha256_of`. Raises ConfigError if a file cannot be read.
+    The order of the files matters. Their names do not matter, because users choose them. `artifacts`: the folder in
+    which the sha256 of large files is remembered. `option`: the option that gave the files. Raises ConfigError if a
+    file cannot be read; the error names `option`.
     """
     hashes = list(sha256_of(files, artifacts, option).values())
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

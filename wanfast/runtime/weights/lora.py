@@ -55,9 +55,10 @@ class _Change:
     keys: tuple[str, ...]  # (difference,) or (up, down)
 
     def add_to(self, sums: Tensor, span: tuple[int, int]) -> Finite:
-        """Adds the change to `sums` in place; `sums` holds the rows `span` (first, end) of the weight in float32.
+        """Adds the LoRA to some rows of a weight, in place.
 
-        Returns {(file, key): whether all values are finite} for the tensors of the LoRA file that were read.
+        `sums`: the rows in float32. `span`: (first row, row after the last row). Returns {(LoRA file, key of a tensor):
+        whether all values of the tensor are finite} for each tensor of the LoRA file that was read.
         """
         first, *others = (self._read(key, each, sums) for key, each in zip(self.keys, (span, None), strict=False))
         if others:
