@@ -560,7 +560,7 @@ def test_residuals_are_in_the_plan(wanfast: Wanfast, machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--steps", "1"], 2, "--steps 1: each ratio compares a step with the step before"),
+        (["--steps", "1"], 2, "--steps 1: the curve compares each step with the step before"),
         (["--quantize", "int8-weight-only"], 3, "run `wanfast quantize --model tiny --scheme int8-weight-only"),
         (["--verify"], 2, "--verify reads what `wanfast quantize` stored"),
     ],

@@ -105,9 +105,10 @@ def spread_of(name: str, shape: torch.Size) -> tuple[float, float]:
 
 
 def write_holes(stream: BinaryIO, shapes: Shapes, dtype: str = "F32") -> dict[str, int]:
-    """Writes a safetensors file with these shapes, and returns {name: the byte of the file at which the tensor starts}.
+    """Writes a safetensors file of zeros, and returns {name: the byte of the file at which the tensor starts}.
 
-    The values are a hole in the file: a hole reads as zeros and takes no disk space.
+    `shapes`: {name of a tensor: its shape}. `dtype`: a type as safetensors names it, such as "BF16". The zeros are a
+    hole in the file, which takes no disk space.
     """
     header, starts, end = {}, {}, 0
     for name, shape in shapes.items():

@@ -65,8 +65,9 @@ def calibrate_attention(
     A density is the share of the blocks of keys that a head computes.
     If no density meets --target-error, the head stays dense. With --fp8, a head may also compute in float8.
     `generate --attention sparse --attention-plan artifact` uses the plan.
-    Each clip is denoised with dense attention; the errors of all densities are measured and stored.
-    An interrupted run continues with the next clip. A run with another --target-error uses the stored errors.
+    Each clip is denoised with dense attention. Meanwhile, the error that each density would cause is measured.
+    The errors of a clip are stored when the clip is done, so that an interrupted run continues with the next clip.
+    A run that changes only --target-error uses the stored errors.
     """
     given = of_command(options.given(context), "calibrate-attention")
     given.pop("seed", None)
@@ -99,9 +100,10 @@ def calibrated(
     fp8: bool,
     show_progress: bool,
 ) -> dict[str, Any]:
-    """Returns a JSON document: the plan of attention for the calibration set. Raises WanFastError.
+    """Returns a JSON document with the plan of attention for the calibration set. Raises WanFastError.
 
-    If the plan is missing, the clips are measured first.
+    If this plan of attention is not stored yet, the clips are measured first. `given`: the options that the user gave.
+    `plans`: the plan of each clip's video. `fp8`: whether float8 is tried too.
     """
     config, store = plans[0].config, ArtifactStore(Path(plans[0].config.models.artifacts_dir))
     inputs = plan_inputs(config, files, digest_of(clips)) | {"target_error": target_error}

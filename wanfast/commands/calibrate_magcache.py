@@ -45,7 +45,7 @@ def calibrate_magcache(
     given.pop("seed", None)
     if given.get("steps", 2) < 2:
         raise ConfigError(
-            f"--steps {given['steps']}: each ratio compares a step with the step before: use --steps 2 or more"
+            f"--steps {given['steps']}: the curve compares each step with the step before: use --steps 2 or more"
         )
     if find_spec("matplotlib") is None:
         raise ConfigError("the plot of the curve needs matplotlib: run `pip install matplotlib`")

@@ -2,8 +2,9 @@
 
 The model must be trained with last images. With `--photographs`, it must also be trained with photographs.
 
-For each held-out pair of image and prompt, one video gets the last frame of the true clip as its last image. A second
-video, the control, gets no last image. The figures say how near the last frame of each video comes to the true one.
+For each held-out scene, the true clip is drawn, and the model makes two videos from the clip's first frame. The first
+video also gets the clip's last frame, as its last image. The second video, the control, gets no last image. The figures
+say how near the last frame of each video comes to the clip's last frame.
 
 For each chain, four clips with one prompt are made and joined as `wanfast generate` joins them. A seam is the place
 where two clips meet. The figures say:
@@ -13,9 +14,9 @@ where two clips meet. The figures say:
 * at how many seams the motion goes on;
 * how far the mean and the standard deviation of the colours drift from those of the first clip.
 
-If a shape moves, it must stay in the frame. Therefore, only chains with shapes that circle, spin or stand still are
-made. If the camera moves, later clips show other things, so their colours change even without drift. Therefore, the
-drift of still videos is also stated separately.
+Chains with a moving shape use only shapes that circle, spin or stand still, because these stay in the frame. If the
+camera moves, later clips show other things, so their colours change even without drift. Therefore, the drift of the
+videos whose prompt asks for no motion is also stated separately.
 """
 
 from __future__ import annotations
@@ -240,9 +241,9 @@ def _drift(rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
 
 
 def tasks_of(pairs: int, chains: int, movers: tuple[Mover, ...]) -> list[KindTask]:
-    """Returns `pairs` tasks "between" and `chains` tasks "chain" for each of `movers`.
+    """Returns, for each mover, as many tasks "between" as `pairs` says, and as many tasks "chain" as `chains` says.
 
-    A mover says what moves in a scene: "shape" or "camera". If a shape moves, chains use only scenes in which the
+    `movers`: what moves in the scenes: "shape", "camera" or both. If a shape moves, chains use only scenes in which the
     shape stays in the frame during all clips.
     """
     tasks: list[KindTask] = []

@@ -3,8 +3,8 @@
 A shot names a photograph and the part of it that the clip's first frame shows. Every frame of a shot lies inside its
 photograph. Colours between pixels are interpolated bilinearly.
 
-Shapes: F frames, H x W pixels. A place in a frame is (x, y), relative to the frame's centre; the unit is the
-frame's short side.
+Shapes: F frames, H x W pixels. A place is (x, y): the distance from the centre of the clip's first frame,
+to the right and down. The unit is the frame's short side.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _LEAST_SHARE = 0.4  # of the largest part that fits
 
 @dataclass(frozen=True)
 class Shot:
-    """Says which part of a photograph the first frame of a clip shows; lengths are in pixels of the photograph."""
+    """Names a photograph and the part of it that a clip's first frame shows; lengths are in the photograph's pixels."""
 
-    photograph: int
+    photograph: int  # its index in `Photographs.pictures`
     centre: tuple[float, float]  # x and y
     short_side: float  # of the frame
     mirrored: bool = False

@@ -65,10 +65,11 @@ def repeated(ran: Options, asked: Options, typed: Options) -> tuple[dict[str, An
     * what the new run takes from `ran`;
     * what the new run takes from `asked`.
 
-    Both leave out each overridden option. A typed option overrides the same option, and every option that contradicts
-    it. A typed recipe also overrides all options of the earlier recipe, and all lossy options.
-    The first mapping also leaves out each value that was derived from a typed or overridden option: the new run derives
-    it again. But if the user gave this option for the earlier run, the mapping keeps the given value.
+    Both mappings leave out each overridden option. A typed option overrides the same option, and every option that
+    contradicts it. A typed recipe also overrides all options of the earlier recipe, and all lossy options.
+    If an option's default depends on a typed or overridden option, the first mapping holds the value that the user gave
+    for the earlier run. If the user gave no value, the first mapping leaves the option out, and the new run derives its
+    value again.
     """
     ranks = {name: ran[name] for name in ("num_gpus",) if name in ran}
     nearer = {

@@ -94,9 +94,10 @@ class VideoPipeline:
         on_step: StepFn,
         residuals: StepCache,
     ) -> Tensor:
-        """Encodes the images, denoises the noise, and returns the clean latent [1, 16, T, h, w] on every rank.
+        """Encodes the images, denoises the plan's noise, and returns the clean latent [1, 16, T, h, w] on every rank.
 
-        Afterwards, offloaded experts free their GPU memory.
+        `encode_condition` explains `images`; `denoise` explains `text`, `on_step` and `residuals`. `watch` measures the
+        seconds. At the end, offloaded experts free their GPU memory.
         """
         noise = self.noise(plan)
         with watch.span("encode"):
@@ -261,9 +262,11 @@ class VideoPipeline:
         residuals: StepCache,
         on_step: StepFn,
     ) -> Tensor:
-        """Denoises `noise` to the clean latent [1, 16, T, h, w].
+        """Denoises `noise` [1, 16, T, h, w], and returns the clean latent, which has the same shape.
 
-        The cache `residuals` decides which forwards are skipped.
+        `condition`: the result of `encode_condition`. `text`: the embedding [S, d] for each branch. `residuals`: the
+        cache that decides which forwards are skipped. `on_step(done, expert)` is called before and after each step;
+        `done` is the number of finished steps, and `expert` is the expert of the step.
         """
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
         groupings = {True: self.ranks, False: self.ranks.unguided if plan.regroups else self.ranks}

@@ -190,8 +190,9 @@ class Session:
     ) -> Made:
         """Makes the single clip of `job`; on the leader, the result contains the frames.
 
-        `on_step(done, expert)` is called before and after each step; `done` is the number of finished steps.
-        `residuals`: the cache that decides which forwards are skipped. By default, the cache follows the job's plan.
+        `on_step(done, expert)` is called before and after each step. `done`: the number of finished steps. `expert`:
+        the expert of the step.
+        `residuals`: the cache that decides which forwards are skipped. By default, the job's plan decides.
         `on_frames`: the leader calls this function with a few frames at a time, while the next frames are decoded.
         `start`: on the leader, the first frame of the clip. By default, the clip starts from the job's image.
         `sources`: the images that are already decoded. Pass the same dict for all clips of a video.
@@ -239,7 +240,7 @@ class Session:
         return Made(plan, frames, figures)
 
     def forget_seconds(self) -> None:
-        """Sets the measured seconds to zero, for the next video. The models stay loaded."""
+        """Forgets the seconds that were measured so far, so that the figures of the next video begin at zero."""
         self.watch, self._loads = Stopwatch(self.ranks.device), Stopwatch(self.ranks.device)
 
     def close(self) -> None:

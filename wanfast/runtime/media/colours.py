@@ -25,8 +25,9 @@ _PNG_GAMMA, _H273_PRIMARIES = 1 / 2.2, 1  # sRGB's, as a PNG and as a HEIC state
 
 
 def to_rgb(image: Image, subject: str) -> tuple[Image, list[str]]:
-    """Returns (image, notes): a decoded image as 8-bit sRGB, and a note on each step of the conversion.
+    """Converts a decoded image to 8-bit sRGB; returns (the converted image, notes for the user).
 
+    Each note names one step of the conversion, or something in the file that is not applied.
     Transparent pixels are blended with white. Raises ConfigError if the pixels cannot be converted; the
     message begins with `subject`.
     """

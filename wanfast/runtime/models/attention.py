@@ -114,15 +114,18 @@ class Fp8Projections(Protocol):
         ...
 
     def statistics(self, first: int, count: int, num_tokens: int) -> Tensor:
-        """Returns the statistics [5, d] of this rank's tokens, as `attention_fp8.statistics` defines them.
+        """Returns the statistics [5, d] of this rank's k and v, as `attention_fp8.statistics` defines them; d = H * D.
 
-        `first`: the index of this rank's first token in the video. `count`: the number of this rank's tokens.
-        `num_tokens`: the number of tokens of the video.
+        `first`: the index of this rank's first token in the video. `count`: the number of this rank's tokens, without
+        padding. `num_tokens`: the number of tokens of the video.
         """
         ...
 
     def scaling(self, statistics_P5d: Tensor) -> Scaling:
-        """Returns the scaling of all heads, from the statistics [P, 5, d] of all P ranks."""
+        """Returns each head's scales and centres: the numbers by which float8 values are made of q, k and v.
+
+        `statistics_P5d`: the result of `statistics` on each of the P ranks.
+        """
         ...
 
     def keys_and_values(self, scaling: Scaling, parts: int) -> tuple[Tensor, Tensor]:

@@ -36,9 +36,9 @@ def sampled_errors(
 ) -> Tensor:
     """Returns each head's relative error [H], float32: |out - exact| / |exact| over the queries `rows_HS` of this head.
 
-    `rows_HS`: for each head, indices of tokens in the whole video. `first`: the index of this rank's first token. k and
-    v hold only this rank's tokens; q and out may have padding after them. `stack(x)` returns the tensors x of all ranks
-    as one tensor [P, ...].
+    q, k, v and out hold this rank's tokens. After the tokens, q and out may have padding; k and v must have none.
+    `rows_HS`: for each head, the indices of the sampled queries in the whole video. `first`: the index of this rank's
+    first token in the whole video. `stack(x)` returns the tensors x of all ranks as one tensor [P, ...].
     """
     place, heads = rows_HS - first, torch.arange(rows_HS.shape[0], device=rows_HS.device)[:, None]
     is_own = ((place >= 0) & (place < len(k_LHD)))[..., None]
@@ -62,10 +62,10 @@ def errors_by_length(
 ) -> Tensor:
     """Returns the relative error [H, E] that sparse attention would have in each head, for each of the E `lengths`.
 
-    A length n means that each query reads only n blocks of keys: those that the router puts at the places 0 to n-1.
-    `rows_HS`: for each head, the indices of the queries that are compared. `order_HNN`: the places of the blocks of
-    keys, from `attention_router.block_order`. `block`: the number of tokens in a block. All is computed in float32, so
-    that the errors contain no rounding.
+    A length n means that each query reads only the n blocks of keys with the largest scores. `rows_HS`: for each head,
+    the indices of the queries on which the error is measured. `order_HNN`: for each head and each block of queries, the
+    place of each block of keys in the order of the scores, from `attention_router.block_order`. `block`: the number of
+    tokens in a block. All values are computed in float32, so that the errors contain no rounding.
     """
     errors = []
     for head, rows in enumerate(rows_HS):  # one head's scores at a time

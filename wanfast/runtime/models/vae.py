@@ -264,11 +264,11 @@ class Encoder(nn.Module):
         return moments
 
     def settles(self, still_from: int, frames: int) -> list[int]:
-        """Returns one chunk number for each layer before the middle blocks: from this chunk on, the layer need not run.
+        """Returns, for each layer before the middle blocks, the number of the first chunk that the layer can skip.
 
-        A layer need not run for a chunk if its output would be the same as for the previous chunk. Chunks count from 0.
-        `still_from`: the index of the first of the equal frames, which reach to the end of the clip. `frames`: the
-        number of frames in each chunk after the first.
+        A layer can skip a chunk, and all later chunks, if its output would be the same as for the chunk before.
+        `still_from`: the index from which all frames of the clip are equal. `frames`: the number of frames in each
+        chunk after the first, which has one frame. Frames and chunks count from 0.
         """
         # A convolution over time also reads the two frames before each frame. So in its output, the equal frames begin
         # two frames later. A layer that halves the number of frames halves the index at which the equal frames begin.
@@ -294,8 +294,8 @@ class _Repeats:
     def start(self, x: Tensor) -> tuple[Tensor, int]:
         """Begins the next chunk; returns (the input of the first layer to run, the number of layers that are skipped).
 
-        `x`: the encoder's input for this chunk. If no layer is skipped, returns (x, 0). Otherwise the skipped layers
-        are the first ones, and the first value is their output for an earlier chunk, which `keep` stored.
+        `x`: the encoder's input for this chunk. If no layer is skipped, returns (x, 0). Otherwise the first layers
+        are skipped, and the first value is the output of the last skipped layer, as `keep` stored it.
         """
         self._chunk += 1
         return (x, 0) if self._kept is None else (self._kept, self._layers(self._chunk))

@@ -41,12 +41,16 @@ class ArrivingFrames:
 
     @property
     def frames(self) -> npt.NDArray[np.uint8]:
-        """Returns all frames [F, H, W, 3]; the last `look` came after the last frame."""
+        """Returns all frames [F, H, W, 3]. Use this property only after `look` has read the last frame."""
         assert self._frames is not None and self._num_read == len(self._frames)
         return self._frames
 
     def look(self, file: Path) -> None:
-        """Reads the frames that `file`, or the hidden file of an unfinished video, got since the last call."""
+        """Reads the frames that were written since the last call, and gives them to `on_frames`.
+
+        `file`: the path of the complete video. Until the video is complete, the leader writes a hidden file in the same
+        folder, and this method reads the hidden file.
+        """
         import numpy as np
 
         if self._stream is None:

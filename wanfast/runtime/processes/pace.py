@@ -84,9 +84,9 @@ Works = dict[int, Work]  # by process id
 
 
 def works(run_folder: Path, number: int, launcher: int, *, on_cpu: bool) -> Works:
-    """Returns {process id: counters} of the ranks of rank group `number` on this machine.
+    """Returns {process id: its `Work`} for each rank of rank group `number` on this machine.
 
-    If the group has no rank yet, returns the counters of its launcher.
+    If no rank of the group has started yet, returns {`launcher`: the launcher's `Work`}.
     `launcher`: the launcher's process id. `on_cpu`: whether the ranks compute on the CPU, so that CPU time counts.
     """
     pids = {int(file.read_text()): file for file in (run_folder / RANKS).glob(f"{number}-*/pid")}
@@ -128,8 +128,8 @@ class Pace:
     def hang(self, ranks: RanksConfig, work: Callable[[], Works], finished: Collection[int]) -> str | None:
         """Returns a message if the rank group hangs, else None.
 
-        `work`: a function that returns what each process of the group has done so far. `finished`: the jobs that have a
-        result.
+        `ranks` holds --rank-timeout and the device. `work`: a function that returns the `Work` of each process of the
+        group. `finished`: the numbers of the jobs that have a result.
         """
         state, timeout_s = self.state, ranks.rank_timeout
         least_s = 0.0 if ranks.device == "cpu" else _LEAST_ON_GPU_S
@@ -168,8 +168,9 @@ def follow(
     """Reads the progress file of each rank group, updates `paces`, and calls `on_progress` if the progress is new.
 
     `numbers`: the numbers of the rank groups. `paces`: {number of a rank group: its `Pace`}; missing groups are added.
-    `first`: the number of the first job of this batch. Progress of earlier jobs is ignored. `on_progress` gets the
-    index of a job in this batch.
+    A batch is a set of jobs that were sent together. `first`: the number of the first job of the running batch; job
+    numbers count on from batch to batch. Progress of earlier batches is ignored. `on_progress` gets a job's index in
+    the running batch, counted from 0.
     """
     for number in numbers:
         now, file = time.monotonic(), run_folder / PROGRESS / f"{number}.json"
