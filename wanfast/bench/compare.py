@@ -29,9 +29,11 @@ def compared(
 ) -> dict[str, Quality]:
     """Compares each recipe's videos with the videos of the recipe `base`, and returns {recipe: quality}.
 
-    `videos` is {recipe: files}, with one file that `write_frames` wrote for each of the `prompts`. The metrics are
-    computed on `device`. If `is_judged` is true, `compared` also counts the videos that show the motion of their
-    prompt. `is_judged` is for the tiny model only: no other model's motions can be recognised.
+    `videos` is {recipe: files}. Each recipe has one file for each prompt, in the order of `prompts`; `write_frames`
+    wrote these files. A quality is a dict of metrics over all videos of a recipe, such as "psnr" and "ssim". The
+    metrics are computed on `device`.
+    If `is_judged` is true, `compared` also counts the videos that show the motion of their prompt. Pass True only for
+    the tiny model, because the motions of other models' videos cannot be recognised.
     """
     found: dict[str, list[Quality]] = {name: [] for name in videos}
     for clip, prompt in enumerate(prompts):

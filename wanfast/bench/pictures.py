@@ -12,7 +12,11 @@ OURS, PUBLISHED, FLOOR = "#2f7ebc", "#9aa0a6", "#e0812c"
 
 
 def draw_waterfall(report: dict[str, Any], file: Path) -> None:
-    """Draws two bars for each row: the seconds of each stage, and beside them the recipe's published seconds."""
+    """Draws two bar charts side by side, with one bar for each recipe in each chart.
+
+    The left bars show the seconds that were measured here, divided into encoding, denoising and decoding. The right
+    bars show the published seconds.
+    """
     from matplotlib.figure import Figure
 
     rows = report["rows"][::-1]  # the first is drawn on top

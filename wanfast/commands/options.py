@@ -166,7 +166,10 @@ def to_continue(*added: str) -> str:
 
 
 def one_line(error: Any, arguments: list[str]) -> ConfigError:
-    """Turns Typer's usage error into a ConfigError; the ConfigError names the option and the fix in one line."""
+    """Turns Typer's usage error into a ConfigError; the ConfigError names the option and the fix in one line.
+
+    `arguments`: the words of the command line after `wanfast`.
+    """
     see_help = f"see `{error.ctx.command_path if error.ctx else f'wanfast {arguments[0]}'} --help`"
     kind, param = type(error).__name__, typing.cast("Any", getattr(error, "param", None))
     if kind == "NoSuchOption":

@@ -86,7 +86,10 @@ def _effective(wanted: dict[str, Any], files: ModelFiles) -> EffectiveConfig:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a line of text: the folder of the compiled code, and the seconds of each forward of the block."""
+    """Returns a line of text about the result of a warmup.
+
+    The line names the folder of the compiled code, and the seconds of each forward of one transformer block.
+    """
     seconds = result["seconds"]
     shape = f"{result['width']}x{result['height']}, {result['frames']} frames, {result['attention']} attention"
     first, second = (f"{seconds[name]:.1f} s" for name in ("first", "second"))

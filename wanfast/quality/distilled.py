@@ -1,4 +1,4 @@
-"""Makes the configs of few-step recipes, with the distilled LoRAs that a model's folder holds."""
+"""Makes the configs of few-step recipes, with distilled LoRAs from the subfolder `loras` of a model's folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ PAIR: RecipeName = "lightning-4"  # the recipe for which the tiny model's pair o
 
 
 def missing_lora(files: ModelFiles, recipe: RecipeName, pair: RecipeName) -> Path | None:
-    """Returns the first LoRA file of `pair` that `recipe` needs and the model's folder lacks, or None."""
+    """Returns the first LoRA file that `recipe` needs and that does not exist, or None if all exist.
+
+    `pair`: the recipe for which the LoRAs were trained, as in `distilled`.
+    """
     return next((file for file in _files(files, recipe, pair).values() if not file.is_file()), None)
 
 
@@ -24,10 +27,10 @@ def undistilled(config: EffectiveConfig, recipe: RecipeName) -> EffectiveConfig:
 
 
 def distilled(config: EffectiveConfig, recipe: RecipeName, files: ModelFiles, pair: RecipeName) -> EffectiveConfig:
-    """Returns a config with the options of `recipe` and with the LoRAs of `pair` from the model's folder.
+    """Returns `config` with the options of `recipe`, and with the LoRAs that were trained for the recipe `pair`.
 
-    A pair of LoRAs is named by the recipe for which the pair is trained. An expert gets its LoRA only if `recipe` needs
-    distilled weights for this expert. Raises ConfigError if the folder lacks a LoRA that is needed.
+    These LoRAs lie in `loras/<pair>/` in the folder of the model's weights: one file for each expert. An expert gets
+    its LoRA only if `recipe` needs distilled weights for this expert. Raises ConfigError if a needed LoRA is missing.
     """
     loras = {f"lora_{expert}": (str(file),) for expert, file in _files(files, recipe, pair).items()}
     named = undistilled(config, recipe).replace(recipe=recipe, **loras)

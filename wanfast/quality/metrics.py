@@ -68,16 +68,20 @@ def _factors(video: Tensor, reference: Tensor, scales: int) -> Tensor:
 
 
 def flicker(video: Tensor) -> float:
-    """Returns how unevenly pixels change over time, on a scale from 0 (black) to 255 (white).
+    """Returns how unevenly pixels change over time.
 
-    The result is the mean of |a - 2b + c|, for the values a, b, c of a pixel in three successive frames. It is 0 if
-    every pixel changes at a constant rate, or if there are fewer than three frames.
+    The result is the mean of |a - 2b + c|, where a, b and c are the values of a pixel in three successive frames. A
+    value is 0 for black and 255 for white. The result is 0 if every pixel changes at a constant rate, or if there are
+    fewer than three frames.
     """
     return float((_unit(video).diff(n=2, dim=1).abs().mean()) * 255) if video.shape[1] > 2 else 0.0
 
 
 def motion(video: Tensor) -> float:
-    """Returns the mean absolute difference between successive frames, on a scale from 0 (black) to 255 (white)."""
+    """Returns the mean absolute difference between the values of a pixel in two successive frames.
+
+    A value is 0 for black and 255 for white. The result is 0 if there is only one frame.
+    """
     return float((_unit(video).diff(dim=1).abs().mean()) * 255) if video.shape[1] > 1 else 0.0
 
 

@@ -29,10 +29,10 @@ _ENCODED = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 class Limits:
     """This ASGI middleware refuses bodies that are too large and, with `only_loopback`, requests from other sites.
 
-    `most_bytes`: the largest body. The middleware counts the bytes of a body, and does not rely on the headers.
+    `most_bytes`: the largest allowed size of a body. Content-Length is checked, and the bytes that arrive are counted.
     `only_loopback`: whether to refuse a request whose Host is not a loopback address, or whose Origin is another host.
     Pass True for a server without keys. Otherwise, a web page of another site could use the server from the user's
-    browser. The middleware adds `HEADERS` to every answer.
+    browser. The middleware also adds security headers to every answer, such as Content-Security-Policy.
     """
 
     def __init__(self, app: ASGIApp, most_bytes: int, *, only_loopback: bool) -> None:

@@ -1,13 +1,15 @@
-"""This module computes the self-attention of a video with lists of blocks, and decides when the lists are made.
+"""This module computes the self-attention of a video with block lists, and decides when block lists are made.
 
-The tokens are divided into blocks. A list names the blocks of keys to which one block of queries attends. The first
-steps and the first layers stay dense. In all other calls, the module `attention_router` lists blocks for each layer and
-each branch of guidance. The lists are used for a few steps, because attention changes little from step to step.
-Cross-attention is always dense.
-The plan of densities says how long the lists of each head are, in each band of steps. It may also put a head in float8,
-without lists. Under Ulysses, each rank lists the blocks of its own heads. The heads are divided among the ranks so that
-all ranks have nearly equal work, because the slowest rank makes the others wait.
-In a calibration, all calls are dense, and `SparseAttention.measure` tries lists of several lengths.
+The tokens are divided into blocks. A block list names the blocks of keys to which one block of queries attends. The
+first steps and the first layers stay dense. For all other calls, the module `attention_router` makes block lists, for
+each layer and each branch of guidance. The next few steps use the same block lists, because attention changes little
+from step to step. Cross-attention is always dense.
+The plan of densities says how long the block lists of each head are, in each band. Instead of a density, a head may
+have float8: then the head attends to all blocks, in float8. Under Ulysses, each rank makes the block lists of its own
+heads. The heads are divided among the ranks so that all ranks have nearly equal work, because the slowest rank makes
+the others wait.
+In a calibration, all calls are dense. The method `SparseAttention.measure` starts the calibration, and takes the
+lengths of block lists whose errors are measured.
 
 Shapes: B batch (1), L tokens, h heads of this rank, D head dim.
 """
@@ -42,7 +44,7 @@ T = TypeVar("T")
 
 
 class SparseAttention(LossyAttention):
-    """This class computes the self-attention of one rank, and holds the lists of blocks of the running video."""
+    """This class computes one rank's part of the self-attention, and holds the block lists of the current video."""
 
     def __init__(self, dense: AttentionFn, num_heads: int, ranks: Ranks) -> None:
         """Stores the arguments; `dense` computes the calls that are not sparse, `num_heads` counts all ranks' heads."""
@@ -57,16 +59,16 @@ class SparseAttention(LossyAttention):
         self._is_compiled = False
 
     def measure(self, ladder: Sequence[int], *, fp8: bool) -> None:
-        """Makes all later videos dense, and measures the errors that lossy attention would have had instead.
+        """Makes all later videos dense, and measures which errors sparse attention would have.
 
-        `ladder`: the lengths of lists to try, in blocks. `fp8`: whether to try float8 too. Each later video needs a
-        plan with the option `attention_check`. After a video, the method `errors` returns a list of errors for each
-        head: one for each length of `ladder`, then one for float8 if it was tried.
+        `ladder`: the lengths of block lists to measure, in blocks. `fp8`: whether to measure float8 attention too. Each
+        later video needs a plan with the option `attention_check`. After a video, the method `errors` returns several
+        errors for each head: one for each length in `ladder`, then one for float8 if `fp8` is true.
         """
         self._ladder, self._measures_fp8 = ladder, fp8
 
     def use_in(self, model: WanDiT) -> None:
-        """Makes each layer of an expert compute its self-attention by the running video's `SparseAttention.attend`."""
+        """Makes each layer of an expert call `attend` for its self-attention; call `use_in` once for each expert."""
         for layer, attention in enumerate(model.self_attentions()):
             attention.attend = lossy_attention
             self._layers[attention] = layer
@@ -80,10 +82,11 @@ class SparseAttention(LossyAttention):
         return brick_order(plan.geometry.token_grid, BRICK, self._ranks.device, has_last=has_last)
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
-        """Tells this object which forward runs next, and frees the lists of blocks that this forward may not use.
+        """Tells this object which forward runs next, and frees the block lists that have become invalid.
 
-        The arguments are those of `LossyAttention.begin`. A list may be used in `Sparsity.lists_every` successive
-        steps, as long as these steps have the same expert, the same branches of guidance and the same band.
+        The arguments are those of `LossyAttention.begin`. A block list is valid in the step that made it and in the
+        next steps, `Sparsity.lists_every` steps in all. It becomes invalid earlier if a step has another expert, other
+        branches of guidance or another band.
         """
         assert self._sparsity is not None, "no video was started"
         super().begin(step, expert, branches, branch, ranks)
@@ -99,7 +102,7 @@ class SparseAttention(LossyAttention):
         self._divide_heads(self._forward)
 
     def finish(self) -> None:
-        """Frees the lists of blocks after the last step of a video."""
+        """Frees all block lists; call this method after the last step of a video."""
         super().finish()
         self._lists = {}
 
@@ -124,7 +127,7 @@ class SparseAttention(LossyAttention):
         return self._orders[heads]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns the attention [B, L, h, D] of this rank's heads in the current layer, which `enter` has set."""
+        """Returns the attention [B, L, h, D] of this rank's h heads, in the layer that `enter` named last."""
         sparsity, forward, layer = self._sparsity, self._forward, self._layer
         assert sparsity is not None
         if forward is None or (listed := sparsity.listed(forward.step, layer)) is None:

@@ -52,7 +52,7 @@ def expert_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = No
 
 
 def block_bytes(spec: DiTSpec, precision: Precision) -> int:
-    """Returns the bytes of the linear weights of one transformer block, unquantized.
+    """Returns how many bytes the linear weights of one transformer block take if they are not quantized.
 
     A rank with sharded weights needs these bytes in addition to its shard, because it gathers whole blocks.
     """
@@ -99,7 +99,7 @@ def encode_bytes(spec: ModelSpec, geometry: Geometry) -> int:
 
 
 def decode_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
-    """Returns an estimate of the bytes that decoding needs in addition to the VAE's weights, which are small."""
+    """Returns an estimate of the bytes that decoding needs in addition to the VAE's weights."""
     return _DECODE_BYTES[vae_precision] * spec.vae.base_dim * geometry.width * geometry.height
 
 

@@ -54,10 +54,10 @@ def require_attention(kernel: str, device: str) -> None:
 
 
 def require_fp8(device: str, option: str) -> None:
-    """Raises ConfigError if `device` is a GPU, and the package of float8 attention is not installed.
+    """Raises ConfigError if the package that float8 attention needs on a GPU is not installed.
 
-    On a CPU, float8 attention needs no package. `option` is the option that asks for float8 attention; the error names
-    this option.
+    On a CPU, float8 attention needs no package, so no error is raised. `device`: "cpu" or "cuda". `option`: the option
+    that asks for float8 attention, as the error names it.
     """
     try:
         require_attention("fa3-fp8", device)

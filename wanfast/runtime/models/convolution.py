@@ -1,4 +1,4 @@
-"""Convolves channels-last clips; on a GPU, uses the fastest cuDNN engine for each shape, which also adds the bias.
+"""Convolves channels-last clips and adds the bias; on a GPU, by the fastest cuDNN engine for each shape.
 
 An engine is one of the kernels that cuDNN's front end offers for a convolution. When a shape is first used, this module
 times each engine on tensors of this shape, and chooses the fastest one. For the VAE's shapes on Hopper, the fastest

@@ -186,7 +186,10 @@ class Plan:
 
     @property
     def ratios(self) -> Ratios:
-        """Returns the curve's ratios, and then a 1 for each distilled step, which is never skipped."""
+        """Returns the ratios of each step: first those of the curve, then (1, 1) for each later step.
+
+        The later steps have distilled weights, and are never skipped. Without a curve, all ratios are 1.
+        """
         known = () if self.curve is None else self.curve.ratios
         return (*known, *[(1.0, 1.0)] * (len(self.schedule) - len(known)))
 
@@ -231,7 +234,8 @@ class Plan:
     def fp8(self) -> Fp8Schedule | None:
         """Returns which calls of self-attention are in float8; None without --attention fa3-fp8.
 
-        Raises ConfigError if `Fp8Schedule.of` refuses the options.
+        Raises ConfigError if --fp8-steps, --fp8-layers or --fp8-hadamard does not fit the video or the model, or if no
+        step is left for float8.
         """
         models, dit = self.config.models, self.spec.dit
         if models.attention != "fa3-fp8":
@@ -246,7 +250,10 @@ class Plan:
         )
 
     def list_bytes(self, mesh: Mesh) -> int:
-        """Returns how many bytes a rank of `mesh` holds in lists of blocks, summed over the rank's branches."""
+        """Returns how many bytes of block lists a rank of `mesh` holds, for all branches that this rank computes.
+
+        The result is 0 without --attention sparse.
+        """
         if self.sparsity is None:
             return 0
         return self._num_branches(mesh) * self.sparsity.list_bytes(mesh.ulysses)

@@ -116,7 +116,8 @@ def plan_best(
         limits = f"--magcache-rule {settings.rule}, --magcache-k {settings.max_skips}"
         raise ConfigError(
             f"at most {most} forwards can be skipped with {limits} and --retention-ratio {settings.retention:g}, not "
-            f"{skipped}: use a smaller --magcache-skip or a larger --magcache-budget, or change these options"
+            f"{skipped}: use a smaller --magcache-skip or a larger --magcache-budget, or change --magcache-rule, "
+            "--magcache-k or --retention-ratio"
         )
     if exactly and skipped not in counts:
         raise ConfigError(
@@ -228,7 +229,7 @@ def _is_retained(call: int, high_calls: int, calls: int, retention: float, rule:
 
 @dataclass(frozen=True)
 class _SkipRow:
-    """Holds a branch's skips in a row and their accumulated error."""
+    """Holds the number of skips that one branch makes in a row, and the accumulated error of these skips."""
 
     settings: MagCacheSettings
     product: float = 1.0  # of the ratios since the residual was computed
@@ -236,7 +237,7 @@ class _SkipRow:
     skips: int = 0
 
     def after(self, ratio: float) -> _SkipRow:
-        """Returns this row of skips with one more skipped step, whose ratio is `ratio`."""
+        """Returns a row that has one skip more; `ratio` is the ratio of the step that is skipped."""
         product = self.product * ratio
         return _SkipRow(self.settings, product, self.error + abs(1 - product), self.skips + 1)
 
@@ -250,12 +251,15 @@ def resample(
 ) -> list[tuple[float, float]]:
     """Returns ratios for the steps `to`, interpolated from a curve's ratios for the steps `of`.
 
-    A step is (expert, timestep). Each branch of each expert is converted separately. First, the ratios give the norm of
-    the residual at each timestep of `of`, relative to the first one. Second, the logarithm of this norm is interpolated
-    linearly over the timestep, or extrapolated linearly outside the timesteps of `of`. Third, the norm at each step of
-    `to` is divided by the norm at the step before; the first ratio of an expert is 1.
-    Raises ConfigError if `of` has fewer than two timesteps of an expert in `to`, or if the logarithm changes by more
-    than `_MOST_CHANGE` in one step.
+    A step is (expert, timestep). Each branch of each expert is converted separately:
+    1. The ratios are multiplied up to each step of `of`. The product is the norm of this step's residual, relative to
+       the norm at the expert's first step.
+    2. The logarithm of the norm is interpolated linearly over the timestep. Outside the timesteps of `of`, the
+       logarithm is extrapolated linearly.
+    3. The norm at each step of `to` is divided by the norm at the step before. The first ratio of an expert is 1.
+
+    Raises ConfigError if `of` has fewer than two timesteps of an expert that occurs in `to`. Also raises ConfigError if
+    the timesteps of `to` are so far from those of `of` that the norm would change by an impossible factor in one step.
     """
     if list(of) == list(to):
         return list(ratios)

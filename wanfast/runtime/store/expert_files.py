@@ -12,8 +12,8 @@ are the stored numbers times the scale. These forms are known:
 | lightx2v, fp8 or int8 | a tensor X.weight_scale: [out, 1] | nothing |
 | GGUF | inside the blocks of X.weight | the type of each tensor |
 
-Scales of activations (X.scale_input, X.input_scale) are dropped, because our 8-bit products compute a scale for each
-token at run time.
+Scales of activations (X.scale_input, X.input_scale) are dropped, because wanfast computes a scale for each token at
+run time, before it multiplies matrices in 8 bits.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class NamesExperts(Protocol):
 
 @dataclass(frozen=True)
 class NamedExpert:
-    """This class holds one expert, and the file or folder that the option of this expert names."""
+    """This class pairs an expert with the file or folder that --high-noise-expert or --low-noise-expert names."""
 
     expert: Expert
     path: Path
@@ -100,18 +100,33 @@ class NamedExpert:
         return found
 
     def header(self) -> ExpertHeader:
-        """Returns how the expert's tensors are stored. Raises ConfigError or CorruptArtifactError."""
+        """Returns how the expert's tensors are stored; reads only the headers of the files.
+
+        Raises ConfigError if no weights are found, or if a GGUF file needs the package gguf. Raises
+        CorruptArtifactError if a file is damaged, or if the form of a tensor is not known.
+        """
         return _header(self)
 
     def digest(self, artifacts: Path) -> str:
-        """Returns one hash over the contents of this expert's files. Raises ConfigError."""
+        """Returns one hash over the contents of this expert's files.
+
+        `artifacts`: the artifacts folder, which remembers the hashes of large files. Raises ConfigError if a file
+        cannot be read.
+        """
         return digest_of(self.files, artifacts, self.flag)
 
     def check(self, scheme: Scheme | None, loras: Iterable[Lora], option: str, without: str) -> None:
-        """Raises WanFastError if the path's name mentions the other expert, or if `scheme` would round weights twice.
+        """Raises WanFastError if this expert cannot be used with `scheme` and `loras`.
 
-        `loras`: the LoRAs that are merged before the merged weights are quantized. `option`: the option that gives the
-        scheme. `without`: a fix that avoids the scheme, such as "drop --quantize", for the error's message.
+        Three things are refused:
+        * The name of the file or folder mentions the other expert.
+        * The file holds weights in float8 (e4m3) or int8, and `scheme` is an 8-bit scheme that cannot take these
+          numbers as they are. It would round the weights a second time.
+        * The file holds such weights, `scheme` is an 8-bit scheme, and one of the `loras` changes this expert. The
+          merged weights would be rounded a second time.
+
+        Also raises the errors of `header`. `option` and `without` are words for the error's message: the option that
+        gives the scheme, such as "--quantize", and a way to avoid the scheme, such as "drop --quantize".
         """
         if (named := expert_in(self.path.name)) not in (None, self.expert):
             fix = f"use {flag(f'{named}_expert')}, or rename the file"
@@ -183,7 +198,8 @@ class Stored:
 class ExpertHeader:
     """This class says for each tensor of an expert how the tensor is stored.
 
-    If a tensor's name in the file begins with `diffusion_model.` or `model.diffusion_model.`, this prefix is left out.
+    `tensors` is {name: how the tensor is stored}. These names lack the prefix `diffusion_model.` or
+    `model.diffusion_model.`, which some files put before each name.
     """
 
     tensors: Mapping[str, Stored]
