@@ -44,8 +44,9 @@ def run_jobs(
     """Runs the jobs of the command `verb`, and returns one result for each job, in the order of `jobs`.
 
     `plans`: one plan for each job. All jobs run on the ranks that the first plan describes.
-    `of_list`: whether the jobs are videos or clips of a list. Such jobs always run in separate processes, even if only
-    one job of the list remains to be done.
+    `of_list`: whether the jobs belong to a list of videos, or to a calibration of several clips. If true, the jobs run
+    in separate processes, even if only one job remains to be done. If false, and if there is only one rank, the jobs
+    run in this process. A warmup always runs in a separate process.
     `on_result(index, result)` is called as soon as a job is done.
     `ray`: the address of a Ray cluster, or None. In a cluster, the first plan describes the ranks of each machine.
     """

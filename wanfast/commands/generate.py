@@ -78,7 +78,7 @@ def dry_result(item: Planned) -> dict[str, Any]:
 def run(planned: list[Planned], report: Report, ray: str | None) -> list[dict[str, Any]]:
     """Makes the video of each request in `planned`, and returns one result for each request, in order.
 
-    A request without a plan gets no video: its result is the reason, an error or a note that the video exists already.
+    A request without a plan gets no video. Its result is an error, or a note that the video exists already.
     `ray`: the address of a Ray cluster whose machines make the videos, or None.
     """
     ready = [item for item in planned if item.plan is not None]

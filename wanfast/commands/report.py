@@ -43,9 +43,10 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """Prints the notes of all plans. For a request without a plan, `result` prints the reason.
+        """Prints the notes of all plans; if `always` is true or stdout is a terminal, also prints the plans.
 
-        If `always` is true or stdout is a terminal, this method also prints the plans.
+        A request without a plan has an outcome already: an error, or a note that the video exists. This method calls
+        `result` with this outcome.
         """
         for item in planned:
             if item.plan is None:
@@ -58,9 +59,10 @@ class Report:
             self._warnings.print(f"note{lines}: {note}", markup=False)
 
     def result(self, item: Planned, result: dict[str, Any]) -> None:
-        """Prints the summary of one video. If a line of a list of jobs failed, prints the line's error instead.
+        """Prints the summary of one video, or a note that the video exists already.
 
-        If a single request failed, prints nothing, because `close` raises the error.
+        If the video failed: with `--jobs`, prints the error; without `--jobs`, prints nothing, because `close` raises
+        the error.
         """
         if "skipped" in result:
             self._console.print(f"{_shown(result['output'])}: {result['skipped']}, skipped", markup=False)

@@ -1,11 +1,12 @@
-"""This module says which kinds of lossy attention a recipe may use, from what the tiny model's videos show.
+"""Decides whether a recipe may use a kind of lossy attention, from measurements of the tiny model's videos.
 
 The same videos are made with the lossy attention and with dense attention. Three conditions must hold:
 
-* The share of videos that follow their prompt is compared. The share of lossy attention is not below the 95 %
-  confidence interval of the share of dense attention.
+* With lossy attention, the share of videos that follow their prompt is not below the 95 % confidence interval of the
+  same share with dense attention.
 * The mean SSIM between a video of lossy attention and the same video of dense attention is at least `LEAST_SSIM`.
-* The sampled error, averaged over all heads and videos, is at most `TARGET_ERROR`, the default target of a calibration.
+* The mean error of lossy attention is at most `TARGET_ERROR`, the default target of a calibration. The error is that
+  of the outputs of some queries, relative to exact outputs. The mean is taken over all heads and videos.
 
 Limits: with few videos, the interval is wide, so that the first condition is weak. Larger models may have other errors,
 because a query of the tiny model attends to few keys.

@@ -76,7 +76,8 @@ class Files:
     def sweep(self, listed: Collection[Path], wanted: Collection[str]) -> None:
         """Removes each file in `listed`, complete or half-written, that belongs to no attempt in `wanted`.
 
-        The caller must list the files before it asks for the wanted attempts, so that a new file is not removed.
+        The caller must first list the files, and then read the wanted attempts from the database. In the other order,
+        the files of an attempt that begins in between would be removed.
         """
         for file in listed:
             if file.name.lstrip(".").partition(".")[0] not in wanted:

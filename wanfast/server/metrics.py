@@ -65,7 +65,7 @@ class _Now(Collector):
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        """Yields the number of queued and of running jobs, and the memory of each GPU in bytes."""
+        """Yields the number of queued and of running jobs, and the used and the total memory of each GPU in bytes."""
         jobs = GaugeMetricFamily("wanfast_jobs", "Jobs that have not ended.", labels=["status"])
         for status, count in self._store.counts().items():
             jobs.add_metric([status], count)

@@ -268,7 +268,10 @@ def _check_text(name: str, value: str) -> None:
 
 
 class Part:
-    """This base class of the parts of a config checks each option's range and makes paths absolute, at construction."""
+    """This class is the base of the parts of a config, such as `RanksConfig`.
+
+    When a part is made, each option's range is checked, and each path becomes absolute. Raises ConfigError.
+    """
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)).values():

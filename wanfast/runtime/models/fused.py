@@ -5,8 +5,8 @@ GPU; the formula runs in all other cases. Both compute in float32, whatever the 
 kernel reads and writes each value once, because these steps are memory-bound. `linear_gelu` has a cuBLAS kernel instead
 of a Triton kernel.
 
-If the next matrix product multiplies 8-bit values, the function also quantizes its result. Each token gets a scale of
-its own.
+`quantize_tokens` and `add_layer_norm` can return 8-bit values, for a matrix product that multiplies such values. Each
+token gets a scale of its own.
 
 Shapes: B batch, L tokens, d model dim, H heads, D head dim. Weights, biases and gates are [d] or [B, 1, d], float32.
 """

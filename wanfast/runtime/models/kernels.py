@@ -1,6 +1,7 @@
-"""Says whether Triton kernels can be imported: only if torch is a CUDA build and Triton is installed.
+"""Defines `HAS_KERNELS`, which is True if Triton kernels can be imported.
 
-The machine may still lack a GPU, so callers also check the device of their tensors.
+For this, torch must be a CUDA build, and Triton must be installed. The machine may still lack a GPU. So callers must
+also check the device of their tensors.
 """
 
 from __future__ import annotations

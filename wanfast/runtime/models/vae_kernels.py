@@ -1,7 +1,8 @@
-"""These Triton kernels implement the functions of `vae_fused`; each program loads all channels of some positions, once.
+"""These Triton kernels implement the functions of `vae_fused`.
 
-Clips are channels-last, so the channels of a position are adjacent. The kernels are memory-bound.
-Shapes: B batch (1), C channels, T frames, h w height and width of any grid.
+Clips are channels-last, so the channels of a position are adjacent. The kernels are memory-bound. So each program loads
+all channels of some positions, and loads each value only once.
+Shapes: C channels, T frames, frames of h x w positions. A kernel takes one clip, without a batch dimension.
 """
 
 from __future__ import annotations

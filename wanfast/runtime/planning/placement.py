@@ -73,11 +73,13 @@ def place(
 ) -> list[Plan]:
     """Decides the mesh of ranks and where the weights lie, and returns the plans with this mesh and this placement.
 
-    All plans get the same mesh and the same placement. `free_memory`: what the ranks may use; None measures it now. If
-    ranks hold models already, give what was free before the ranks loaded them. `mesh`: the mesh of ranks that run
-    already; None decides the mesh here.
-    Raises ConfigError if the plans do not fit, or if an option of the ranks is impossible. With `must_fit` false, plans
-    for the CPU that do not fit get a note instead of this error; plans for GPUs must always fit.
+    All plans get the same mesh and the same placement.
+    `free_memory`: the memory that the ranks may use. If it is None, it is measured now. If ranks hold models already,
+    give the memory that was free before the models were loaded.
+    `mesh`: the mesh, if the ranks run already. If it is None, this function chooses the mesh.
+    `must_fit`: if false, plans for the CPU that do not fit get a note instead of an error. Plans for GPUs must always
+    fit.
+    Raises ConfigError if the plans do not fit, or if an option such as --dit-fsdp asks for what cannot run.
     Raises JoiningMemoryError if the host has too little memory to join the clips of a video.
     """
     asked = plans[0].config.ranks
@@ -165,7 +167,7 @@ def needed(
     """Returns the bytes of memory that one video needs on one rank of `mesh`.
 
     `num_residuals`: the number of MagCache residuals that the rank holds from step to step. `lists`: the bytes of the
-    rank's lists of blocks for sparse attention.
+    rank's block lists for sparse attention.
     """
     own_tokens, precision, scheme = -(-geometry.tokens // mesh.ulysses), models.precision, models.quantize
     return Need(
@@ -325,9 +327,9 @@ def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) ->
     """Returns {mode: needed bytes of host memory on this machine} for the modes "evicting" and "offloaded".
 
     `ranks`: the number of ranks that make one video. `ranks_here`: the number of ranks on this machine. `free`: the
-    free bytes of a GPU. In the offloaded mode, each rank needs host memory for both experts. In the evicting mode, each
-    rank needs host memory for the bytes that do not fit on its GPU. If `free` is None, these are taken to be the bytes
-    of one expert.
+    free bytes of each GPU, or None if they are unknown.
+    In the offloaded mode, each rank needs host memory for both experts. In the evicting mode, each rank needs host
+    memory for what does not fit on its GPU. If `free` is None, the evicting mode counts the bytes of one expert.
     """
     missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
     return {"evicting": missing * ranks_here, "offloaded": need.offloaded * ranks_here}
@@ -342,7 +344,7 @@ def _shard_umt5(asked: RanksConfig, need: Need, ranks: int, free: int) -> Switch
 
 
 def measure(asked: RanksConfig) -> FreeMemory:
-    """Measures the memory that the ranks may use now."""
+    """Measures how much memory is free now for the ranks that `asked` describes."""
     return FreeMemory(*_free_bytes(asked), host.available_host_bytes())
 
 

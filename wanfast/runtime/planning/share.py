@@ -17,7 +17,8 @@ MOST_LOADS = 3
 class Share:
     """This class decides in which order a rank group claims the jobs of a batch: first its own jobs, then all others.
 
-    Each job is the own job of one group, but any group may claim it: the first one to do so gets the job.
+    The groups own the jobs in turn. For example, of 4 jobs and 2 groups, group 0 owns jobs 0 and 2. If several groups
+    claim the same job, the first of them gets the job, even if another group owns the job.
     `place`: the number of this group, from 0. `groups`: the number of groups. `claim`: a function that claims a job,
     and returns whether this group gets the job. All ranks of the group call `claim` together.
     """

@@ -1,8 +1,8 @@
-"""Makes the videos of a list on the machines of a Ray cluster: one rank group in each actor, one line at a time.
+"""Makes the videos of a list on the machines of a Ray cluster.
 
-An actor keeps its ranks and their models from line to line. If a machine is lost, or its ranks or models fail, another
-machine makes the line. The actors return the content of all files as bytes, and the process that uses this module
-writes the files.
+Each actor has one rank group, and makes one line at a time. It keeps its ranks and their models from line to line. If a
+machine is lost, or its ranks or models fail, another machine makes the line. An actor returns a video's files as bytes,
+and the command's process writes the files.
 This module does not import torch, and imports Ray only when it connects.
 """
 
@@ -156,10 +156,10 @@ class _Actor(RemoteGroup):
     """This class is what runs on a machine of the cluster."""
 
     def start(self, jobs: Any) -> tuple[str, Document | None]:
-        """Checks the weights of this machine, and returns (the machine's name in the cluster, an error or None).
+        """Compares this machine's weights with the weights on the machine where the command runs.
 
-        The error is a JSON document; None means that the weights are those of the user's machine. `jobs` is the
-        argument of `RemoteGroup.check`.
+        Returns (this machine's name in the cluster, None) if the weights are equal. Otherwise, an error as a JSON
+        document takes the place of None. `jobs`: see `RemoteGroup.check`.
         """
         import ray
 
@@ -201,7 +201,10 @@ def room_for(ray: Any, ranks: RanksConfig) -> int:
 
 
 def require_room(ray: Any, address: str, ranks: RanksConfig) -> None:
-    """Raises ConfigError if no machine can hold the ranks of a video."""
+    """Raises ConfigError if no machine of the cluster has enough GPUs or CPU cores for the ranks of one video.
+
+    `address`: the address of the cluster, for the message of the error.
+    """
     if not room_for(ray, ranks):
         kind = "CPU cores" if ranks.device == "cpu" else "GPUs"
         raise ConfigError(

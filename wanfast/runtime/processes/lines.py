@@ -54,7 +54,7 @@ class Lines:
     def lose(self, line: int, machine: str) -> bool:
         """Records that `machine` failed while it made a line, and returns whether the line is tried again.
 
-        A line is tried at most `MOST_TRIES` times. A line that is tried again waits before all other lines.
+        A line is tried at most `MOST_TRIES` times. If the line is tried again, it becomes the first waiting line.
         """
         self._lost_on.setdefault(line, set()).add(machine)
         if self._tries[line] >= MOST_TRIES:

@@ -33,9 +33,9 @@ _PIECE_VALUES = 4 << 20  # of a GGUF tensor that one thread dequantizes at a tim
 
 
 class Source(TypedDict):
-    """Says which files hold the weights of an expert, and how to read them.
+    """Holds the files of an expert's weights, their layout, and the function that opens a file for reading.
 
-    This class is not used for experts that wanfast quantized.
+    An expert that wanfast quantized has no `Source`.
     """
 
     files: list[Path]
@@ -44,10 +44,10 @@ class Source(TypedDict):
 
 
 def source_of(files: ModelFiles, expert: Expert, ranks: int = 1) -> Source:
-    """Returns the source of an expert's weights.
+    """Returns the files of an expert's weights, and how to read these files.
 
-    The source is what --high-noise-expert or --low-noise-expert names for this expert. If the option is not given, the
-    source is the expert's files in the model's folder.
+    If the user gave --high-noise-expert or --low-noise-expert for this expert, its files are those of the option.
+    Otherwise, they are the expert's files in the model's folder.
     `ranks`: how many ranks read at the same time; each of them uses an equal share of the CPU cores. Raises
     WanFastError.
     """
