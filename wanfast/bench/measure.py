@@ -1,9 +1,9 @@
-"""Measures the missing cells of `wanfast bench`, repeat by repeat, so that the recipes run in turn.
+"""Measures the missing cells of `wanfast bench`: the first repeat of every recipe, then the second, and so on.
 
-In each repeat, a recipe starts its ranks, and the ranks load the models. Then the ranks make a short warm-up video of
+For each repeat, a recipe starts new ranks, and the ranks load the models. Then the ranks make a short warm-up video of
 each clip, because the first video of a shape also compiles code, searches for the fastest kernels and encodes the
-prompt. The report states the seconds of the start and of the warm-up videos separately. If a recipe fails, the other
-recipes still run.
+prompt. The seconds of a measured video include neither the loading nor the warm-up; the report has a column for them.
+If a recipe fails, the other recipes still run.
 This module does not import torch.
 """
 

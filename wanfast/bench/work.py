@@ -42,7 +42,11 @@ WORKS: dict[str, Callable[..., Any]] = {
 
 
 def main(name: str, file: Path) -> None:
-    """Calls `WORKS[name]` with the arguments in `file`, and writes the result or the error into `file`."""
+    """Runs one function in `WORKS`, and writes its result, or its error, over the arguments in `file`.
+
+    `name`: the function's key in `WORKS`, such as "compare". `file`: a JSON object of keyword arguments. Afterwards,
+    this file holds {"result"}, or {"error", "exit_code"} if the function raised WanFastError.
+    """
     end_with_parent()
     arguments = json.loads(file.read_text(encoding="utf-8"))
     try:

@@ -169,10 +169,10 @@ class Judge:
         return result
 
     def held_out(self, index: int, mover: Mover = "shape") -> tuple[Scene, Tensor]:
-        """Returns scene number `index`, which training never shows, and the scene's true clip.
+        """Returns the scene with number `index`, and the scene's true clip; training never shows this scene.
 
-        `mover`: what moves in the scene, the shape or the camera; the camera needs photographs. The clip is
-        [3, F, H, W] in [-1, 1], and its values are rounded to 8 bits.
+        `mover`: what moves in the scene, the shape or the camera. For "camera", `settings.photographs` must be set. The
+        clip is [3, F, H, W] in [-1, 1], and its values are rounded to 8 bits.
         """
         size = (self.settings.side, self.settings.side)
         if mover == "shape":
@@ -504,16 +504,26 @@ def movers_of(settings: Settings) -> tuple[Mover, ...]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--empty", type=int, default=25, help="how many of the --pairs run again, with an empty prompt")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=100,
+        help="number of pairs of an image and a prompt; the model makes a video from each pair",
+    )
+    parser.add_argument(
+        "--empty",
+        type=int,
+        default=25,
+        help="for how many of the pairs the model makes a second video, with an empty prompt",
+    )
     parser.add_argument(
         "--last",
         type=int,
         default=25,
-        help="how many of the --pairs run again, with the clip's last frame as a second image",
+        help="for how many of the pairs the model makes another video, with the clip's last frame as a second image",
     )
     parser.add_argument(
-        "--output", type=Path, default=None, help="JSON file; a PNG file with the plot is written beside it"
+        "--output", type=Path, default=None, help="JSON file to write; a PNG file with a plot is written beside it"
     )
     options = parser.parse_args()
     require_plotting(parser, options.output)

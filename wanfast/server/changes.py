@@ -33,12 +33,17 @@ class Changes:
         self._state: dict[str, Any] = {}
 
     def look(self) -> dict[str, Any] | None:
-        """Returns what has changed since the last look, as a JSON object; None if nothing has changed.
+        """Returns what has changed since the last look, as a JSON object, or None if nothing has changed.
 
-        The object has the server's status, the number of queued jobs of all owners, the videos that are new or changed,
-        the ids of deleted videos, and `older`. A look covers only the newest `MOST_VIDEOS` ended videos. If there are
-        more, the first look sets `older` to the id of the oldest ended video that it covers. `Store.page` returns the
-        older videos if it gets this id as `after`. In later looks, `older` is None.
+        A look covers at most `MOST_VIDEOS` videos that have not ended, and the newest `MOST_VIDEOS` ended videos. The
+        object has these keys:
+
+        * "status": the server's status.
+        * "queued": the number of queued jobs of all owners.
+        * "videos": the videos that are new or changed.
+        * "deleted": the ids of deleted videos.
+        * "older": usually None. If the first look does not cover all ended videos, this is the id of the oldest ended
+          video that it covers. `Store.page` takes this id as `after`, and returns the older videos.
         """
         seen = self._store.overview(self._owner, MOST_VIDEOS)
         videos = {job.id: replies.video(job, seen.places.get(job.number)) for job in [*seen.unended, *seen.ended]}

@@ -179,10 +179,10 @@ class Checks:
                 raise ApiError(503, without_paths(str(error), _UNPLANNED), code="unavailable") from error
 
     def offer(self) -> dict[str, Any]:
-        """Returns what a client may ask for, as JSON.
+        """Returns what a client may ask for, as a JSON object.
 
-        This is the default of each field, the possible recipes, whether a request must have an image, and the longest
-        video in seconds.
+        The object holds the default of each field, the server's recipe, the possible recipes, whether a request must
+        have an image, and the longest video in seconds.
         """
         served = self._served
         chosen = EffectiveConfig.of({**NO_VIDEO, **served.planner.asked, **served.defaults}, served.spec).video

@@ -33,9 +33,10 @@ _CODE = ("runtime/models/vae.py", "runtime/models/convolution.py")
 def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
     """Makes the VAE use the stored cuDNN engines in the `with` block, and stores new engines when the block ends.
 
-    New engines are those that a search found in the block. Yields a mapping that is empty inside the block. After the
-    block, it holds the engines that all ranks used: {shape: engine} for the leader, and {"rank N: shape": engine} for
-    each other rank N. On a CPU, or if cuDNN's front end is not installed, the mapping stays empty.
+    New engines are those that a search found in the block. Yields an empty mapping, and fills it when the block ends.
+    The mapping then holds the engines that all ranks used. A key is the shape of a convolution; for each rank except
+    the leader, "rank N: " stands before the shape. On a CPU, or if cuDNN's front end is not installed, the mapping
+    stays empty.
     """
     used: dict[str, str] = {}
     if ranks.device != "cuda" or not convolution.HAS_FRONT_END:

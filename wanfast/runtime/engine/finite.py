@@ -31,7 +31,8 @@ def require_finite(where: str, finite: bool) -> None:
 class FiniteWatch:
     """Checks the tensors of one video for NaN and infinities, without waiting for the GPU.
 
-    So the error of a tensor is raised when the next tensor is checked; `finish` raises the error of the last tensor.
+    A bad tensor is reported late: when `look` gets the next tensor, it raises the error. If the last tensor is bad,
+    `finish` raises the error.
     """
 
     def __init__(self, ranks: Ranks) -> None:

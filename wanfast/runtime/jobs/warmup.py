@@ -3,10 +3,10 @@
 It compiles one block, and stores the compiler's caches. The block is compiled in the same way as by `wanfast generate`.
 One block of full size is enough, because all blocks of both experts share the same graphs. The values of the block's
 weights do not matter, so no weights are read.
-With lossy attention, the block also runs as a lossy layer, so that the kernels of lossy calls are compiled too. Usually
-one run is enough, because all lossy steps and layers use the same kernels. With a plan of densities, some heads may be
-computed in float8. The number of these heads differs from layer to layer, and each number needs a kernel of its own. So
-the block runs once for each number of float8 heads in the plan.
+With lossy attention (sparse or float8), the block also runs as a lossy layer, so that the kernels of lossy attention
+are compiled too. All lossy layers use the same kernels, so one lossy layer is enough. There is one exception: if a plan
+of densities computes some heads in float8, each number of float8 heads needs a kernel of its own. Then the block runs
+once for each number of float8 heads that a layer of the plan has.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def visible_gpus() -> list[Gpu]:
 
 
 def device_ids() -> list[str]:
-    """Returns for each visible GPU the entry that names this GPU in CUDA_VISIBLE_DEVICES: an index or a UUID."""
+    """Returns the index or the UUID of each visible GPU, in the form that CUDA_VISIBLE_DEVICES takes."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [item.strip() for item in named.split(",") if item.strip()]
     return [str(index) for index in range(len(visible_gpus()))]

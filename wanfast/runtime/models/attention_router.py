@@ -1,8 +1,9 @@
-"""The router lists, for each head and each block of queries, the blocks of keys to which the queries attend.
+"""The router chooses, for each head and each block of queries, the blocks of keys to which the queries attend.
 
-Each list has the blocks of keys with the largest scores. Of blocks with equal scores, the block with the smaller index
-comes first. Each list also has the block of the queries themselves, and the blocks of the latent frames that hold given
-images: the first frame, and in some videos the last one.
+The chosen blocks form a block list. Two kinds of blocks are always chosen first: the block of the queries themselves,
+and the blocks of the latent frames that hold given images (the first frame, and in some videos the last one). The
+blocks with the largest scores fill the rest of the list. Of blocks with equal scores, the router prefers the block with
+the smaller index.
 
 A score estimates the share of a block of keys in the softmax of a block of queries. Each block is divided into four
 quarters, and each quarter is replaced by the mean of its queries or keys. A pair of blocks then has 16 attention
@@ -13,7 +14,7 @@ Cost: 16 products for each pair of blocks (dense attention needs block^2), and a
 heads: 0.3 GB while the scores are sorted. (For comparison, the result of attention takes 0.8 GB in bf16.) Limit: the
 choice is only an estimate; `attention_check` measures the error of the result.
 
-Shapes: B batch, L tokens, H heads, D head dim, N blocks, W entries of the longest list, S quarters of blocks.
+Shapes: B batch, L tokens, H heads, D head dim, N blocks, W entries of the longest block list, S quarters of blocks.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ _PARTS = 4  # of a block, each with a mean of its own
 def block_lists(
     q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: Sequence[int], first_blocks: int, last_blocks: int = 0
 ) -> BlockLists:
-    """Returns a list of blocks of keys for each head and each block of queries.
+    """Returns a block list for each head and each block of queries.
 
-    The tokens must be in brick order (see `bricks`), and q and k have the same number of tokens. `block` is the number
-    of tokens in a block, a multiple of 4. `listed`: for each head, the number of blocks in each of its lists. Three
-    kinds of blocks are listed first, and count in this number: the first `first_blocks` blocks, the last `last_blocks`
-    blocks, and the block of the queries themselves. The blocks with the largest scores fill the rest of the list.
-    Raises ValueError if a number in `listed` is below 1.
+    The tokens must be in brick order (see `bricks`), and q and k have the same number of tokens.
+    `block`: the number of tokens in a block, a multiple of 4. `listed`: for each head, the length of its block lists.
+    Three kinds of blocks are chosen first: the first `first_blocks` blocks, the last `last_blocks` blocks, and the
+    block of the queries themselves. The blocks with the largest scores fill the rest of the list.
+    Raises ValueError if a length in `listed` is below 1.
     """
     if min(listed) < 1:
         raise ValueError("a list has no block of keys: list at least 1 block for each head")
@@ -55,11 +56,11 @@ def block_lists(
 
 
 def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int, last_blocks: int = 0) -> Tensor:
-    """Returns the place of each block of keys if the blocks are sorted by score, as int16 [H, N, N].
+    """Returns the place of each block of keys in the order of scores, as int16 [H, N, N].
 
-    The block with the largest score has place 0. There is one order for each head and each block of queries. A list of
-    n blocks holds the blocks at the places 0 to n-1. The batch size of q and k must be 1. `block`, `first_blocks` and
-    `last_blocks` mean what they mean in `block_lists`.
+    The axes are: head, block of queries, block of keys. Place 0 has the largest score. So a block list of length n
+    holds the blocks at the places 0 to n-1. The batch size of q and k must be 1. The arguments are those of
+    `block_lists`.
     """
     scores = choice_scores(q_BLHD, k_BLHD, block, first_blocks, last_blocks)[0]
     return torch.stack([_in_order(of_head).argsort().short() for of_head in scores])
@@ -71,10 +72,11 @@ def _in_order(scores: Tensor) -> Tensor:
 
 
 def choice_scores(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int, last_blocks: int) -> Tensor:
-    """Returns the scores [B, H, N, N] by which the blocks of keys of each list are chosen.
+    """Returns the scores [B, H, N, N] by which the router chooses blocks.
 
-    Blocks that must be in the list have the score infinity: the first `first_blocks` blocks, the last `last_blocks`
-    blocks, and the block of the queries themselves.
+    The axes are: batch, head, block of queries, block of keys. Three kinds of blocks of keys are chosen first, so their
+    score is infinity: the first `first_blocks` blocks, the last `last_blocks` blocks, and the block of the queries
+    themselves. The arguments are those of `block_lists`.
     """
     if _by_kernel(q_BLHD):
         q, k = (rearrange(_means(x, block // _PARTS), "B S H D -> B H S D").contiguous() for x in (q_BLHD, k_BLHD))

@@ -1,7 +1,7 @@
 """This package decides what will run, before anything starts.
 
-The options of a video take this path through the modules of this package. A module calls those that stand below it,
-one step to the right:
+The options of a video go through these modules of the package, from top to bottom. A module calls the modules that are
+indented below it:
 
     request_files         reads the options of each video from the command line and from files
     requests              plans all videos
@@ -17,11 +17,15 @@ one step to the right:
     plan_json             writes the plan as JSON for the user
     job                   writes the plan as JSON for the ranks
 
-Other modules are used after the plan. While the ranks work, `share` gives them jobs, and `progress` says what is done.
-When a video is finished, `sidecar` writes its .json, and `past_runs` stores its seconds in order to predict the seconds
-of later runs.
-`shortened` makes a plan cheap enough for a warm-up or a measurement. `wanfast doctor` shows what `memory_fit` and
-`next_step` find.
+The other modules are:
+
+    share                 gives jobs to the ranks
+    progress              computes which share of a video is done
+    sidecar               writes the .json of a finished video
+    past_runs             stores the seconds of finished videos, and predicts the seconds of later runs
+    shortened             makes a plan cheap enough for a warm-up or a measurement
+    memory_fit            computes for `wanfast doctor` whether a model fits on this machine
+    next_step             finds for `wanfast doctor` the command that the user should type next
 
 This package does not import torch.
 """

@@ -93,13 +93,15 @@ def _read(index: Path, mtime_ns: int, size: int) -> Sequence[dict[str, Any]]:
 
 
 def forwards_in_turn(plan: dict[str, Any]) -> list[float]:
-    """Reads a plan's JSON and returns for each step how many forwards run one after the other.
+    """Returns how long each step takes, in units of one forward; the steps of the first clip come first.
 
-    The result has an entry for each step of each clip, clip after clip. Usually an entry is 2 with guidance and 1
-    without guidance; skipped forwards do not count.
-    With cfg parallelism, each half of a rank group runs one of the two branches. An entry is then 1 with guidance,
-    because the branches run at the same time. Without guidance, an entry is 0.5 if all ranks of the group share the
-    forward, because this takes half the time; otherwise it is 1.
+    `plan`: the JSON of a plan. If no forward is skipped, the result holds one of these numbers for each step:
+
+    * Without cfg parallelism: 2 for a step with guidance, and 1 for a step without guidance.
+    * With cfg parallelism: 1 for a step with guidance, because both branches run at the same time. For a step without
+      guidance, 0.5 if the plan lets all ranks share the forward, and 1 if half of the ranks run it.
+
+    Skipped forwards take no time.
     """
     guided = read_guided(plan)
     skips = _skips(plan["magcache"]) if plan.get("magcache") else [(False, False)] * len(guided)

@@ -26,14 +26,18 @@ def stage_of_clip(number: int, num_clips: int, stage: str) -> str:
 def share_done(stage: str, done: int, total: int) -> float:
     """Returns the share of a video's steps that is done, from 0 to 1.
 
-    `stage`, `done` and `total` are the progress of one clip; earlier clips of the video count as done.
+    The arguments are those of `steps_left`. The clips before the current clip count as done.
     """
     number, num_clips = clip_of(stage)
     return (number - 1 + (done / total if total else 0)) / num_clips
 
 
 def steps_left(stage: str, done: int, total: int) -> int:
-    """Returns the number of steps that a video still needs, including the steps of its later clips."""
+    """Returns the number of steps that a video still needs, including the steps of its later clips.
+
+    `stage`: the name of the current stage, which also tells the current clip. `done`: the finished steps of this clip.
+    `total`: all steps of this clip.
+    """
     number, num_clips = clip_of(stage)
     return (num_clips - number) * total + total - done
 

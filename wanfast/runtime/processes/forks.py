@@ -83,10 +83,10 @@ def fork(count: int) -> list[Forked]:
 
 
 def leave(code: int) -> NoReturn:
-    """Runs the exit handlers and ends this process with `code`, but leaves out the interpreter's shutdown.
+    """Runs the exit handlers, and then ends this process with the exit code `code`, without Python's usual shutdown.
 
-    The shutdown takes half a second to destroy torch's objects, and a thread of torch may crash the process meanwhile.
-    The child processes of multiprocessing end without this shutdown too.
+    The usual shutdown destroys torch's objects. This takes half a second, and a thread of torch may crash the process
+    during this time.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

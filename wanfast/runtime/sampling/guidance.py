@@ -46,10 +46,11 @@ def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate
 
 
 def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
-    """Returns the steps at which guidance stops early, as a flat list; steps count from 0.
+    """Returns the steps before and after each early stop of guidance; steps count from 0.
 
-    The list has two steps for each expert whose guidance stops early. The first is the expert's last step with
-    guidance, and the second is the next step.
+    A stop is early if the next step has the same expert, but no guidance. For each early stop, the list holds two
+    numbers: the last step with guidance, and the next step.
+    `experts`: the expert of each step. `guided`: for each step, whether it has guidance.
     """
     return [
         step

@@ -1,8 +1,10 @@
 """Names the published pairs of LoRAs that distil the experts to four steps.
 
-`wanfast download --lora NAME` fetches a pair into <artifacts>/loras/NAME. If a recipe needs distilled weights and the
-user gives none, the LoRAs for this recipe are taken from the model's folder. If this folder has no such LoRAs, the
-recipe is refused.
+`wanfast download --lora NAME` fetches a pair into <artifacts>/loras/NAME. The user then gives the pair's files by
+--lora-high-noise and --lora-low-noise.
+
+Some recipes need distilled weights. If the user gives none for an expert, the expert's LoRA is taken from the folder of
+the model: <model>/loras/RECIPE/EXPERT.safetensors. If this file is missing too, the recipe is refused.
 """
 
 from __future__ import annotations
@@ -90,9 +92,9 @@ def require_distilled(models: ModelsConfig, spec: ModelSpec, root: Path) -> None
 
 
 def is_distilled(models: ModelsConfig) -> bool:
-    """Returns whether the user gives all the distilled weights that the recipe needs.
+    """Returns False if the recipe needs distilled weights of an expert for which the user gives none, else True.
 
-    True also without a recipe, and for a recipe that needs no distilled weights.
+    Without a recipe, the result is True.
     """
     return not _undistilled(models)
 

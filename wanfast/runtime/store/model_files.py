@@ -1,8 +1,12 @@
-"""Locates a model's files in a folder, in either public layout: the original layout or Diffusers'.
+"""Locates the files of a model, in one of the two public layouts: the original layout, or the layout of Diffusers.
 
-The model `tiny` ships with the package. The models `a14b` and `t2v-a14b` are published repositories, in either layout.
-A repository lies in the artifacts folder, or else in the cache of the Hugging Face Hub, where another program may have
-put it. Any other name of a model is a path.
+The option --model takes one of these values:
+
+* `tiny`: this model ships with the package.
+* `a14b` or `t2v-a14b`: a published model. Its files are looked for in the artifacts folder, and then in the cache of
+  the Hugging Face Hub.
+* The path of a folder with any other model.
+
 This module does not import torch.
 """
 
@@ -90,9 +94,10 @@ class ModelFiles:
         return files
 
     def named(self, component: Component) -> NamedExpert | None:
-        """Returns what --high-noise-expert or --low-noise-expert names for an expert.
+        """Returns the user's own expert that replaces the model's `component`, or None.
 
-        Returns None if the option is not given, and for the VAE and UMT5.
+        The user gives an expert by --high-noise-expert or --low-noise-expert. The VAE and UMT5 have no such option, so
+        the result for them is always None.
         """
         return next((named for named in self.experts if named.expert == component), None)
 
@@ -122,17 +127,18 @@ class ModelFiles:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Returns the identity of each component's content; copies in another folder have the same identities.
+        """Returns {component: hash of its files}, with the key "tokenizer" for the tokenizer.
 
-        The first process that reads this property hashes all files, which takes about one second for each GB. Later
-        processes read the stored hashes. Raises WanFastError if a file is missing.
+        The hashes do not depend on the model's folder, so a copied model has the same hashes. The first process that
+        reads this property hashes all files, which takes about one second for each GB. Later processes read the stored
+        hashes. Raises WanFastError if a file is missing.
         """
         tokenizer = identity([self.tokenizer], self.artifacts)
         return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": tokenizer}
 
     @remembered
     def fingerprint(self, component: Component) -> str:
-        """Returns the identity of one component; raises WanFastError if a file is missing."""
+        """Returns one hash of a component's weight files; raises WanFastError if a file is missing."""
         if named := self.named(component):
             return named.digest(self.artifacts)
         return identity(self.weights(component), self.artifacts)
@@ -156,10 +162,13 @@ def locate_for(models: Models) -> ModelFiles:
 def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()) -> ModelFiles:
     """Locates the model that `--model` names, and reads its facts.
 
-    `artifacts_dir`: the artifacts folder. `experts`: experts that options name, which are used instead of the model's.
-    If the weights of a published model are missing, the result has `exists` False. Raises ConfigError if `model` is a
-    misspelled name of a model, a file, or a folder without a Wan2.2 model. Raises MissingArtifactError for any other
-    missing folder. Raises CorruptArtifactError if the model's facts are damaged or contradict each other.
+    `artifacts_dir`: the artifacts folder. `experts`: the user's own experts, which replace the model's experts.
+    If the weights of a published model are missing, the `exists` of the result is False. Other problems raise an error:
+
+    * ConfigError: `model` is a file. Or it is a folder, but does not hold a Wan2.2 model. Or no such folder exists, and
+      the name is nearly that of a known model.
+    * MissingArtifactError: no such folder exists, and the name is not near to that of a known model.
+    * CorruptArtifactError: the model's facts are damaged or contradict each other.
     """
     artifacts, published = Path(artifacts_dir).absolute(), A14B
     check_root(artifacts)
