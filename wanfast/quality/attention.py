@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
-        "--output", type=Path, default=None, help="JSON file; a PNG file with the plot is written beside it"
+        "--output", type=Path, default=None, help="JSON file to write; a PNG file with the plot is written beside it"
     )
     options = parser.parse_args()
     require_plotting(parser, options.output)

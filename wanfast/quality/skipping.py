@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument(
         "--only-magcache", action="store_true", help="measure neither --guidance-gate nor the recipe hybrid"
     )
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write; the plot is written beside it")
     options = parser.parse_args()
     require_plotting(parser, options.output)
     files, with_others = model_files.locate(options.model, "artifacts"), not options.only_magcache

@@ -6,8 +6,8 @@ Each program of the kernel scores 64 blocks of queries with 64 blocks of keys.
 Cost at 75,600 tokens and 40 heads: 57 GFLOP; memory: 97 MB for the means, 56 MB for the scores.
 Tensor cores do not multiply float32 values. So each mean is split into a sum of two float16 values, and three products
 of float16 values replace one product of float32 values. One product of float16 values would not be precise enough: the
-router would choose a few wrong blocks. Triton can also replace one float32 product by three products of TF32 values,
-but the result was wrong on an H200 (LOG.md).
+router would choose a few wrong blocks. On an H200, the scores differ from float64 by 4.7e-7 at most, and the 57 GFLOP
+take 1.4 ms (LOG.md).
 Limit: means must be smaller than 65,504. The RMSNorm of 5120 channels returns at most 72 times its weight.
 
 Shapes: B batch, H heads, S quarters of blocks, D head dim, N blocks.
