@@ -5,8 +5,8 @@ attention. All videos of a pair have the same seed. Sparse attention has three k
 
 * "uniform": all heads have the given density, in all calls of self-attention.
 * "calibrated": each head has its own density, from a calibration on the clips that ship for
-  `wanfast calibrate-attention`. The target error of the calibration is as small as possible, but large enough
-  that no more blocks are computed than by "uniform".
+  `wanfast calibrate-attention`. The target error of the calibration is the smallest one with which
+  "calibrated" computes at most as many blocks as "uniform".
 * "uniform, guarded": as "uniform", but the first steps and the first layers stay dense.
 
 Float8 has two kinds. "fp8" subtracts v's mean before quantization, and "fp8 with v's mean" does not.
@@ -72,7 +72,7 @@ class AttentionWay:
     target_error: float | None = None  # of its calibration
 
     def plan(self, judge: Judge, index: int) -> Plan:
-        """Returns the plan of the video from the held-out pair at `index`; a pair is an image and a prompt."""
+        """Returns the plan by which a video is made from held-out pair number `index`: an image and a prompt."""
         config = judge.config.replace(seed=index, **self.options)
         return Plan.of(config, judge.files.spec, (SIDE, SIDE), densities=self.densities)
 
@@ -120,7 +120,10 @@ def of_equal_cost(uniform: AttentionWay, judge: Judge, measured: Sequence[dict[s
 
 @torch.inference_mode()
 def measure(judge: Judge, clip: Clip) -> dict[str, Any]:
-    """Returns the errors of attention in one clip, as `attention_calib.calibrate.measure` returns them."""
+    """Denoises a calibration clip with dense attention, and returns the errors that lossy attention would cause.
+
+    The result is the dict that `attention_calib.calibrate.measure` returns.
+    """
     with tempfile.TemporaryDirectory() as folder:  # of text embeddings
         options = {**_SPARSE, **_ALL_CALLS, **clip.options, "artifacts_dir": folder}
         config = judge.config.replace(**options, image_sha256=clip.image_sha256)
@@ -167,7 +170,10 @@ def judged(judge: Judge, task: tuple[int, list[AttentionWay]]) -> list[dict[str,
 
 
 def summarise(results: list[list[dict[str, Any]]], all_ways: list[AttentionWay], judge: Judge) -> list[dict[str, Any]]:
-    """Returns one row of metrics for each way to compute self-attention; a row covers all held-out scenes."""
+    """Returns one row of metrics for each kind of attention in `all_ways`; a row covers all held-out scenes.
+
+    `results` holds, for each scene, the metrics that `judged` returned.
+    """
     rows = [
         _row(way, [result[number] for result in results], judge) | _paired(results, number, way)
         for number, way in enumerate(all_ways)
@@ -215,7 +221,8 @@ def _paired(results: list[list[dict[str, Any]]], number: int, way: AttentionWay)
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Plots PSNR, SSIM and the sampled error of attention over the mean density of the video.
 
-    Float8 has no density, so its values are drawn as horizontal lines.
+    `rows`: the result of `summarise`. `file`: the picture to write. Float8 has no density, so its values are drawn as
+    horizontal lines.
     """
     from matplotlib.figure import Figure
 

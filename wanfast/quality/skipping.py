@@ -7,10 +7,10 @@ videos are made:
 * "least error" skips as many forwards as "greedy", within the same limits, but with the least accumulated error.
 * "extrapolated" skips the same forwards as "least error", and extrapolates their residuals.
 
-More videos are made with three values of `--guidance-gate`, which stops guidance early. If the model's folder holds
-LoRAs for the recipe `hybrid`, a video of this recipe is made too. These videos do not use MagCache. With the middle
-value of the gate, two more videos are made with MagCache: "least error" and "extrapolated". The recipe gets two such
-videos too.
+Other videos are made without MagCache: one with each of three values of `--guidance-gate`, which stops guidance early,
+and one with the recipe `hybrid`. The recipe is left out if the model's folder lacks its LoRAs. The middle
+value of `--guidance-gate` and the recipe are also measured with MagCache: each makes two more videos, "least error" and
+"extrapolated".
 
 Each video is compared with the unskipped video of the same seed (PSNR, SSIM) and with the true clip (PSNR), and the
 tracker classifies the video's motion. The command writes JSON and plots quality over the share of saved forwards.
@@ -75,7 +75,10 @@ class SkippingWay:
 
 
 def ways(full: Plan, judge: Judge) -> list[SkippingWay]:
-    """Returns three `SkippingWay` objects for each setting of MagCache."""
+    """Returns the three plans of `cached` for each setting of MagCache in SETTINGS, as `SkippingWay` objects.
+
+    `full`: the plan of the video without skipping.
+    """
     return [
         SkippingWay(f"{name}, {rule}", kind, plan)
         for rule, name in SETTINGS
@@ -84,11 +87,14 @@ def ways(full: Plan, judge: Judge) -> list[SkippingWay]:
 
 
 def cached(full: Plan, judge: Judge, rule: MagCacheRule, name: str) -> dict[PlanKind, Plan]:
-    """Returns three plans by which MagCache skips forwards of the plan `full`, each under the name of how it skips.
+    """Returns three plans that make the video of the plan `full` with MagCache; `full` itself uses no MagCache.
 
-    `rule` is the value of --magcache-rule, and `name` is a short name of settings, such as E012K2R20. "greedy" skips
-    until the error reaches the threshold. "least error" skips as many forwards, but with the least accumulated error.
-    "extrapolated" skips the same forwards as "least error", and extrapolates their residuals.
+    `rule`: the value of --magcache-rule. `name`: the threshold and the limits of MagCache, such as E012K2R20. The keys
+    of the result are:
+
+    * "greedy" skips forwards until the accumulated error reaches the threshold.
+    * "least error" skips as many forwards as "greedy", but with the least accumulated error.
+    * "extrapolated" skips the same forwards as "least error", and extrapolates their residuals.
     """
     settings = magcache_settings(name)
     assert settings is not None
@@ -106,8 +112,9 @@ def cached(full: Plan, judge: Judge, rule: MagCacheRule, name: str) -> dict[Plan
 def other_ways(full: Plan, judge: Judge) -> list[SkippingWay]:
     """Returns the plans that save forwards by `--guidance-gate` or by the recipe `hybrid`.
 
-    The gate CACHED_GATE and the recipe have three plans each: one without MagCache and two with it. The other gates
-    have one plan each, without MagCache. If the model's folder lacks the recipe's LoRAs, the recipe is left out.
+    `full`: the plan of the video without skipping. Each value of `--guidance-gate` in GATES has one plan without
+    MagCache, and so has the recipe. The value CACHED_GATE and the recipe also have two plans with MagCache each. If the
+    model's folder lacks the recipe's LoRAs, the recipe is left out.
     """
     plans = {f"gate {gate:g}": judge.plan_of(full.config.replace(guidance_gate=gate)) for gate in GATES}
     both_caches = {f"gate {CACHED_GATE:g}"}
@@ -168,9 +175,9 @@ def _key(plan: Plan) -> tuple[object, ...]:
 def summarise(results: list[list[dict[str, Any]]], judge: Judge, *, with_others: bool) -> list[dict[str, Any]]:
     """Returns rows of metrics; each metric is averaged over all held-out scenes.
 
-    The first row is for the videos without skipping. Each other row is for one `SkippingWay`. In each row,
-    "skipped_forwards" is the number of forwards of the video without skipping, minus the number of forwards that the
-    row's video computes. A cache, a gate or a recipe may save these forwards.
+    `results` holds, for each scene, the rows that `judged` returned. The first row of the result is for the videos
+    without skipping. The next rows are for the plans of `ways`, and, if `with_others` is True, for those of
+    `other_ways`. "skipped_forwards" is the number of forwards that a plan saves, compared with no skipping.
     """
     full = judge.plan_of(judge.config)
     found: list[dict[str, Any]] = []
@@ -198,8 +205,8 @@ def summarise(results: list[list[dict[str, Any]]], judge: Judge, *, with_others:
 def plot(rows: list[dict[str, Any]], others: list[dict[str, Any]], file: Path) -> None:
     """Plots PSNR, SSIM and the share of videos that follow the prompt, over the share of saved forwards.
 
-    PSNR and SSIM compare each video with the unskipped video. `rows` and `others` are rows of `summarise`: `others` for
-    the plans of `other_ways`, and `rows` for all other videos. `file`: the picture to write.
+    PSNR and SSIM compare each video with the unskipped video. `rows`: the rows of `summarise` for no skipping and
+    for the plans of `ways`. `others`: its rows for the plans of `other_ways`. `file`: the picture to write.
     """
     from matplotlib.figure import Figure
 

@@ -3,8 +3,9 @@
 Each option is defined once, as a field of its part. `Options` maps the names of given options to their values.
 `EffectiveConfig.of` adds the defaults; some defaults are the model's own. `EffectiveConfig.of` refuses values that are
 wrong for every model; the error names the option. The ranks read the effective config. The JSON beside a video records
-the config, and `--from` runs the recorded config again. Some fields of `skipping` and `ranks` may be None at first.
-`planning` fills these fields: the curve, the limits of skips, the mesh, and which weights are sharded or offloaded.
+the config, and `--from` runs the recorded config again. Some fields of `skipping` and `ranks` may be None at first:
+the curve, the limits of skips, the mesh, and which weights are sharded or offloaded. The package `runtime.planning`
+fills these fields later.
 """
 
 from __future__ import annotations

@@ -171,14 +171,14 @@ def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> A
 def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, is_named: bool) -> str | None:
     """Loads the artifact of `inputs` into this process's compiler caches, and returns the artifact's key.
 
-    If any rank cannot load the artifact, returns None on all ranks. Then the first forward compiles the blocks, which
-    takes less than a minute. `is_named`: whether the user named the folder of artifacts. The artifact is not loaded in
-    these cases:
+    Returns None on all ranks if any rank cannot load the artifact. Then the first forward compiles the blocks, which
+    takes less than a minute. `is_named`: whether the user named the folder of artifacts, by --artifacts-dir or by
+    WANFAST_ARTIFACTS. The artifact is not loaded in these cases, and all except the first print a note:
 
-    * There is no artifact. In this case no note is printed.
-    * A file is damaged: its hash differs from the hash in the manifest.
-    * `is_named` is false, and other users may write to the artifact. Their code would run in this process.
-    * torch cannot use a file. Then the artifact is also removed.
+    * The artifact is missing.
+    * The artifact is damaged: for example, the hash of a file differs from the hash in the manifest.
+    * `is_named` is false, and other users can write to the artifact. Code of these users could run in this process.
+    * torch cannot use a file of the artifact. The artifact is then also removed.
     """
     folder = ranks.together(lambda: store.find(KIND, inputs, verify=True, damaged="miss"))
     if not all(ranks.gather(folder is not None)):

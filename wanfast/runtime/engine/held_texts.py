@@ -14,10 +14,11 @@ MOST = 32  # embeddings that are held, 8 MB each at most; the store has the othe
 
 
 class HeldTexts:
-    """Holds the embeddings of up to MOST texts: first those that the next clips need, then those that were used last.
+    """Holds up to MOST text embeddings: those that the next clips need, and the last used ones if there is room.
 
-    The next clips are those of the last call of `expect` that are not made yet. If an embedding could not be stored on
-    disk, it is held until no next clip needs it, even if more than MOST embeddings are then held.
+    The method `expect` gets the list of clips. The next clips are the clips of this list that are not made yet. An
+    embedding that could not be stored on disk is held until no next clip needs it, even if more than MOST embeddings
+    are then held.
     """
 
     def __init__(self, load: Callable[[list[str], int], Encoded]) -> None:
@@ -46,8 +47,8 @@ class HeldTexts:
         """Returns {text: embedding [n, text_dim]} for the texts of the clip that is made next.
 
         Texts whose embeddings are not finite are left out. After this call, the clip counts as made, and so do all
-        clips before it in the list that `expect` got. If an embedding is not held, this method loads it, together with
-        embeddings that the following clips need, up to MOST.
+        clips before it in the list that `expect` got. If an embedding of `texts` is not held, this method loads
+        it. The method then also loads embeddings for the following clips, until MOST embeddings are held.
         """
         with suppress(ValueError):  # a clip of another list
             del self._clips[: self._clips.index(texts) + 1]

@@ -26,7 +26,10 @@ CHOICES: tuple[Density, ...] = (*(density for density in LADDER if density < FP8
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """This class names the artifact of a calibrated plan of densities, and holds the errors that were measured."""
+    """This class describes a calibrated plan of densities: its artifact, its target error and its measured errors.
+
+    An error is the relative error of a head's attention, compared with dense attention.
+    """
 
     key: str  # of the artifact
     target_error: float

@@ -1,7 +1,7 @@
-"""This module counts the blocks that sparse attention computes, and the bytes of the lists of blocks.
+"""This module counts the blocks that sparse attention computes, and the bytes of the block lists.
 
 The tokens of a video are sorted into bricks (small boxes of the token grid). Each 128 successive tokens form a block.
-Each block of queries has a list of key blocks, and attends only to these. All lists of a head have the same length.
+Each block of queries attends only to the key blocks in its block list. All block lists of a head have the same length.
 If heads have unequal densities, the heads are divided among the ranks of Ulysses so that all ranks compute nearly the
 same number of blocks.
 This module does not import torch.
@@ -54,8 +54,8 @@ class Sparsity:
         """Returns the sparsity for a (T, Y, X) grid of tokens.
 
         The first steps are dense in all layers; `dense_share` (0 to 1) is their share of all steps. The first
-        `dense_layers` layers are dense in all steps. `densities` gives the densities of all other steps and layers. New
-        lists are made every `lists_every` steps. `has_last`: whether the image of the last frame is given.
+        `dense_layers` layers are dense in all steps. `densities` gives the densities of all other steps and layers. The
+        block lists are made again every `lists_every` steps. `has_last`: whether the image of the last frame is given.
         Raises ConfigError if all steps or all layers would be dense.
         """
         dense_steps, num_layers = math.ceil(dense_share * num_steps - 1e-9), len(densities.by_band[0])
@@ -98,9 +98,9 @@ class Sparsity:
         return bisect.bisect_right(self.bands, step) - 1
 
     def listed(self, step: int, layer: int) -> tuple[int, ...] | None:
-        """Returns for each head the number of key blocks in each of its lists; None if the step or the layer is dense.
+        """Returns for each head how many key blocks each of its block lists has; None if the step or layer is dense.
 
-        A head in float8 has no lists, so its number is 0. Steps and layers count from 0.
+        A head in float8 has no block lists, so its number is 0. Steps and layers count from 0.
         """
         is_guarded = step < self.dense_steps or layer < self.dense_layers
         return None if is_guarded else self.lengths[self.band(step)][layer]
@@ -113,7 +113,7 @@ class Sparsity:
     def assigned(self, heads: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
         """Returns, for each rank of Ulysses, the numbers of the rank's heads, counted from 0.
 
-        `heads` holds, for each head, the length of the head's lists; 0 means that the head is in float8.
+        `heads` holds, for each head, how many key blocks each of its block lists has; 0 means a head in float8.
         """
         return assigned(self._work(heads), ranks)
 
@@ -123,9 +123,10 @@ class Sparsity:
 
     @property
     def longest(self) -> int:
-        """Returns the number of key blocks of the longest list.
+        """Returns the number of key blocks in the longest block list of the video.
 
-        If a layer after the first `dense_layers` is dense in some band, the result is the number of all blocks.
+        The first `dense_steps` steps and the first `dense_layers` layers do not count. If any other layer is dense, the
+        result is the number of all blocks.
         """
         return max(max(heads) if heads else self.num_blocks for heads in self._later_layers())
 
@@ -166,10 +167,10 @@ class Sparsity:
         return math.fsum(shares) / (sum(forwards) * self.num_layers)
 
     def list_bytes(self, ulysses: int) -> int:
-        """Returns the bytes that one branch needs on a rank for its lists of blocks and for the lists' lengths.
+        """Returns the bytes of the block lists, and of their lengths, that a rank holds for one branch of guidance.
 
-        `ulysses` ranks share the heads. The lists of a layer are as wide as the rank's longest list in this layer. The
-        result is the largest number of bytes over all ranks and bands.
+        `ulysses` ranks share the heads. In each layer, every block list of a rank takes as much memory as the rank's
+        longest one. The result is for the rank and the band with the most bytes.
         """
         bands = self.lengths[self.band(self.dense_steps) :]  # guarded steps make no lists
         return max(self._list_bytes(layers, rank, ulysses) for layers in bands for rank in range(ulysses))
@@ -193,10 +194,14 @@ class Sparsity:
         }
 
     def bands_json(self) -> list[dict[str, Any]]:
-        """Returns for each band its first and last step, each layer's mean density, and the number of float8 heads.
+        """Returns one dict for each band, with these keys:
+
+        * "steps": the first and the last step of the band, counted from 0.
+        * "layers": the mean density of each layer.
+        * "fp8_heads": the number of heads in float8, added up over all layers.
 
         The first `dense_layers` layers have the density 1 and no float8 heads. The first `dense_steps` steps are dense
-        in all layers, but the densities of a band do not show this.
+        in all layers, but "layers" does not show this.
         """
         ends = [*self.bands[1:], self.num_steps]
         guarded = range(self.dense_layers)
@@ -247,9 +252,10 @@ def blocks_of(token_grid: tuple[int, int, int], *, has_last: bool) -> tuple[int,
 
 
 def list_length(density: float, token_grid: tuple[int, int, int], *, has_last: bool) -> int:
-    """Returns how many key blocks a list with this density has.
+    """Returns how many key blocks each block list of a head with this density has.
 
-    A list holds at least the blocks of the given images' frames and the block of the queries themselves.
+    Even at a low density, a block list has room for the blocks of the first frame and for the queries' own block. If
+    `has_last` is True, it also has room for the blocks of the last frame.
     """
     num_blocks, first_blocks, last_blocks = blocks_of(token_grid, has_last=has_last)
     kept = min(first_blocks + last_blocks + 1, num_blocks)

@@ -3,8 +3,9 @@
 The scheme decides how the product is computed. `int8-weight-only` dequantizes the weight first, so it saves only
 memory. `int8-dynamic` and `fp8-rowwise` also quantize the tokens at run time, with a scale for each token, and multiply
 8-bit values. Tensor cores multiply 8-bit values twice as fast as bf16. If a norm or GELU precedes the product, the
-kernel of the norm or GELU also quantizes its own result (`fused`). The float8 product needs a GPU of compute capability
-8.9 or higher. A CPU multiplies the float8 values in float32; the result differs from a GPU's result only in rounding.
+kernel of the norm or GELU also quantizes its own result (module `fused`). The float8 product needs a GPU of compute
+capability 8.9 or higher. A CPU multiplies the float8 values in float32; the result differs from a GPU's result only in
+rounding.
 
 Shapes: B batch, L tokens, K in, N out; weight [N, K], scale [N], bias [N].
 Sources: LLM.int8() (arXiv 2208.07339) for scales by row and column; FP8 formats (arXiv 2209.05433).

@@ -105,9 +105,12 @@ class ArtifactStore:
 
         If the artifact exists already, `write` is not called, and the result names the existing folder.
         `versions`: versions of packages, which the manifest records; they are no part of the key. `waiting`: a function
-        that is called if another writer holds the lock. `damaged`: what happens if the existing folder is damaged. With
-        "refuse", CorruptArtifactError is raised, and the hashes of the files are not compared. With "miss", the hashes
-        are compared, and a new folder replaces a damaged one.
+        that is called if another writer holds the lock. `damaged`: how an existing folder is checked, and what happens
+        if it is damaged:
+
+        * "refuse" checks the manifest, and the names and sizes of the files; it raises CorruptArtifactError.
+        * "miss" also checks the hashes of the files; it replaces the damaged folder by a new one.
+
         All users who may read the store may read the folder. Raises ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)

@@ -57,10 +57,10 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def who_can_write(paths: list[Path]) -> str | None:
-    """Returns why another user could have written to one of `paths`; None if no other user could.
+    """Returns a text that says why another user could have written to one of `paths`; None if no other user could.
 
-    Root is ignored. Permissions of the current user's primary group are ignored too, because on many systems this group
-    has only the current user as a member.
+    The user root does not count as another user. The members of the current user's primary group do not count either,
+    because on many systems the current user is its only member.
     """
     for path in paths:
         found = path.stat()
