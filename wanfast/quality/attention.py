@@ -72,7 +72,7 @@ class AttentionWay:
     target_error: float | None = None  # of its calibration
 
     def plan(self, judge: Judge, index: int) -> Plan:
-        """Returns the plan by which a video is made from held-out pair number `index`: an image and a prompt."""
+        """Returns the plan by which a video is made from held-out pair number `index` (an image and a prompt)."""
         config = judge.config.replace(seed=index, **self.options)
         return Plan.of(config, judge.files.spec, (SIDE, SIDE), densities=self.densities)
 

@@ -8,9 +8,9 @@ videos are made:
 * "extrapolated" skips the same forwards as "least error", and extrapolates their residuals.
 
 Other videos are made without MagCache: one with each of three values of `--guidance-gate`, which stops guidance early,
-and one with the recipe `hybrid`. The recipe is left out if the model's folder lacks its LoRAs. The middle
-value of `--guidance-gate` and the recipe are also measured with MagCache: each makes two more videos, "least error" and
-"extrapolated".
+and one with the recipe `hybrid`. The recipe is left out if the model's folder lacks its LoRAs. With
+the middle value of `--guidance-gate`, and with the recipe, two more videos are made that also use MagCache: "least
+error" and "extrapolated".
 
 Each video is compared with the unskipped video of the same seed (PSNR, SSIM) and with the true clip (PSNR), and the
 tracker classifies the video's motion. The command writes JSON and plots quality over the share of saved forwards.
@@ -113,8 +113,8 @@ def other_ways(full: Plan, judge: Judge) -> list[SkippingWay]:
     """Returns the plans that save forwards by `--guidance-gate` or by the recipe `hybrid`.
 
     `full`: the plan of the video without skipping. Each value of `--guidance-gate` in GATES has one plan without
-    MagCache, and so has the recipe. The value CACHED_GATE and the recipe also have two plans with MagCache each. If the
-    model's folder lacks the recipe's LoRAs, the recipe is left out.
+    MagCache, and so has the recipe. For the value CACHED_GATE and for the recipe, there are also two plans with
+    MagCache. If the model's folder lacks the recipe's LoRAs, the recipe is left out.
     """
     plans = {f"gate {gate:g}": judge.plan_of(full.config.replace(guidance_gate=gate)) for gate in GATES}
     both_caches = {f"gate {CACHED_GATE:g}"}

@@ -47,8 +47,8 @@ class HeldTexts:
         """Returns {text: embedding [n, text_dim]} for the texts of the clip that is made next.
 
         Texts whose embeddings are not finite are left out. After this call, the clip counts as made, and so do all
-        clips before it in the list that `expect` got. If an embedding of `texts` is not held, this method loads
-        it. The method then also loads embeddings for the following clips, until MOST embeddings are held.
+        clips before it in the list that `expect` got. If an embedding of `texts` is not held, this method
+        loads it. The method then also loads embeddings for the following clips, until MOST embeddings are held.
         """
         with suppress(ValueError):  # a clip of another list
             del self._clips[: self._clips.index(texts) + 1]

@@ -2,8 +2,8 @@
 
 A plan fits a run if the calibration had the same experts and LoRAs as the run, and the same options for the schedule,
 the size and the precision. --lists-every must be equal too. The VAE, the negative prompt, the attention kernel, the
-code and the device may differ. The docstring of `store.curves` lists everything that must be equal, and everything that
-may differ. If no plan fits, the error names the command that makes one.
+code and the device may differ. The docstring of `store.curves` lists in more detail what must be equal, and what may
+differ. If no plan fits, the error names the command that makes one.
 This module does not import torch.
 """
 
