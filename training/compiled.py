@@ -1,6 +1,6 @@
 """Compares the ways of compiling the experts on this machine, and prints the name of the first way that is right.
 
-    python3 -m training.compiled                      # each way in a process of its own, four at a time; some 5 minutes
+    python3 -m training.compiled                      # each way in a process of its own, four at a time; some 4 minutes
     python3 -m training.compiled no_split aot_eager   # only these ways
     python3 -m training.compiled --smoke aot_eager    # toy sizes, on a CPU
 

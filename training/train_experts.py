@@ -51,12 +51,12 @@ class Kind:
 # Half of the steps take large clips, and a third of all steps clips that are not square. Each step has a multiple of 16
 # tokens: with 15 clips of 288x208, compiled blocks gave wrong gradients (LOG.md).
 KINDS = (
-    Kind(SMALL[0], 20_000, 96),
-    Kind(SMALL[1], 6_000, 112),
-    Kind(SMALL[2], 6_000, 112),
-    Kind(LARGE[0], 4_000, 14),
-    Kind(LARGE[1], 1_200, 16),
-    Kind(LARGE[2], 1_200, 16),
+    Kind(SMALL[0], 14_000, 96),
+    Kind(SMALL[1], 4_000, 112),
+    Kind(SMALL[2], 4_000, 112),
+    Kind(LARGE[0], 3_000, 14),
+    Kind(LARGE[1], 900, 16),
+    Kind(LARGE[2], 900, 16),
 )
 ORDER = (0, 3, 0, 4, 1, 3, 0, 3, 0, 5, 2, 3)
 TOY = (Kind(Format((16, 16), 5), 3, 2), Kind(Format((32, 16), 5), 3, 1))

@@ -201,4 +201,4 @@ def test_a_set_is_of_one_kind(wanfast: Wanfast, clips: Path) -> None:
         stream.write('\n{"image": "cat.png", "prompt": "a bird"}')
     outcome = wanfast("calibrate-magcache", *SHAPE, "--set", "set")
     assert outcome.exit_code == 2
-    assert "line 3 of clips.jsonl: either give every line a last_image, or remove" in outcome.err
+    assert "line 3 of clips.jsonl: give every line a last_image, or remove last_image from every line" in outcome.err

@@ -343,7 +343,10 @@ def test_a_continuation_of_a_run_needs_no_fit_of_its_image(wanfast: Wanfast, wor
     video = wanfast(*again).document["effective"]["video"]
     assert (video["size"], video["fit"], video["image"]) == ("64x48", "area", "")
     assert wanfast(*again, "--last-image", "cat.png").document["effective"]["video"]["fit"] == "crop"
-    assert "--fit crop: --continue-from gives no image" in wanfast(*again, "--fit", "crop").err
+    assert (
+        "--fit crop: with --continue-from, only a last image can be fitted: drop --fit"
+        in wanfast(*again, "--fit", "crop").err
+    )
 
 
 def test_python_places_the_models_for_the_size_of_the_earlier_video(

@@ -97,7 +97,7 @@ class VideoPipeline:
         """Encodes the images, denoises the plan's noise, and returns the clean latent [1, 16, T, h, w] on every rank.
 
         `encode_condition` explains `images`; `denoise` explains `text`, `on_step` and `residuals`. `watch` measures the
-        seconds. At the end, offloaded experts free their GPU memory.
+        seconds. With --expert-offload, no expert is left in the GPU's memory at the end.
         """
         noise = self.noise(plan)
         with watch.span("encode"):

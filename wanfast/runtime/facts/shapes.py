@@ -83,8 +83,8 @@ def fit_geometry(
     """Returns the sizes of a video with the image's aspect ratio, and about as many pixels as --size.
 
     --size is area_width x area_height. `image_size` is the image's (width, height). Each side is rounded down to a
-    multiple of 16 pixels, in exactly the same way as by the reference program. For example, at --size 832x480 an image
-    of 832x480 gives a video of 832x464.
+    multiple of 16 pixels, after floating-point operations like those of the reference program. A rounding error can
+    therefore cost 16 pixels: at --size 832x480, an image of 832x480 gives a video of 832x464.
     Raises ConfigError if a side becomes 0. Source: Wan-Video/Wan2.2, wan/image2video.py.
     """
     # Every float64 operation is that of the reference program, so that this function rounds in the same way.

@@ -76,7 +76,10 @@ def measuring(measure: WorkFn[Result]) -> Callable[..., Iterator[tuple[int, Resu
         progress: ProgressFn = lambda index, stage, done, total: None,
         frames_of: FrameFileFn | None = None,
     ) -> Iterator[tuple[int, Result]]:
-        """Yields (index of the job, measurements of its clip) for each job, as soon as the clip is done."""
+        """Yields (index of the job, measurements of its clip) for each job, as soon as the clip is done.
+
+        `share` says which jobs this rank group takes. `frames_of` is not used, because no frames are kept.
+        """
         yield from run_jobs(measure, jobs, sessions, share, progress)
 
     return run

@@ -267,8 +267,8 @@ class Encoder(nn.Module):
         """Returns, for each layer before the middle blocks, the number of the first chunk that the layer can skip.
 
         A layer can skip a chunk, and all later chunks, if its output would be the same as for the chunk before.
-        `still_from`: the index from which all frames of the clip are equal. `frames`: the number of frames in each
-        chunk after the first, which has one frame. Frames and chunks count from 0.
+        `still_from`: the index from which all frames of the clip are equal. The first chunk has one
+        frame, and each later chunk has `frames` frames. Frames and chunks count from 0.
         """
         # A convolution over time also reads the two frames before each frame. So in its output, the equal frames begin
         # two frames later. A layer that halves the number of frames halves the index at which the equal frames begin.

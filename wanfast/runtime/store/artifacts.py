@@ -129,9 +129,9 @@ class ArtifactStore:
         return Artifact(folder, made_here=True)
 
     def discard(self, kind: str, inputs: dict[str, Any]) -> None:
-        """Removes an artifact that the caller cannot use, so that `publish` can store another one under its key.
+        """Removes the artifact of this kind and these inputs, which the caller cannot use.
 
-        Raises ConfigError if the store cannot be written.
+        `publish` can then store another one in its place. Raises ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)
         with writing_to(self.root), locked(folder.with_suffix(".lock")):

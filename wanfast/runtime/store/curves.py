@@ -282,7 +282,10 @@ def _is_ratio(value: object) -> bool:
 
 
 def steps_of(solver: Any, steps: int, shift: float, boundary: float) -> list[tuple[Expert, int]]:
-    """Returns (active expert, timestep) of each step of the solver's grid with `steps` steps and this `shift`."""
+    """Returns (active expert, timestep) of each step of the solver's grid with `steps` steps and this `shift`.
+
+    `boundary`: the noise level from 0 to 1 at or above which the high-noise expert is active.
+    """
     levels = grid(solver, steps, shift)
     return list(zip(levels.experts(boundary), levels.timesteps, strict=True))
 
