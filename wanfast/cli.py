@@ -69,11 +69,11 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character still gets the rest
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
+    stopped = _stopped_by_signals()
     try:
         if arguments[:1] and arguments[0] in VERBS and not any(word.startswith("--nnodes") for word in arguments):
             refuse_launchers("this command", f"type `{shlex.join(['wanfast', *arguments])}`", "--num-gpus ")
-        sys.exit(_run(arguments))
+        sys.exit(_run(arguments, stopped))
     except WanFastError as error:
         print(f"error: {error}", file=sys.stderr)
         if not isinstance(error, JobsFailedError):  # the command has printed the document of failed jobs
@@ -87,12 +87,38 @@ def main(arguments: list[str] | None = None) -> None:
         raise
 
 
-def _run(arguments: list[str]) -> int:
-    """Runs a command line and returns its exit code. Raises WanFastError, also for wrong usage."""
+def _stopped_by_signals() -> list[int]:
+    """Lets SIGTERM and SIGINT end the process by an exception, so that every `finally` runs.
+
+    Returns the exit codes of the signals that have come; the list grows when one comes.
+    """
+    codes: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        codes.append(128 + number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(codes[-1])
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell's background command ignores it
+        signal.signal(signal.SIGINT, stop)
+    return codes
+
+
+def _run(arguments: list[str], stopped: list[int]) -> int:
+    """Runs a command line and returns its exit code; `stopped` holds the exit codes of signals that have come.
+
+    Raises WanFastError, also for wrong usage.
+    """
     try:
         return app(arguments, prog_name="wanfast", standalone_mode=False) or 0
-    except UsageError as error:
-        raise one_line(error, arguments) from None
+    except Exception as error:
+        if stopped:  # C code, such as torch's, may turn the exception of a signal into another one
+            return stopped[0]
+        if isinstance(error, UsageError):
+            raise one_line(error, arguments) from None
+        raise
 
 
 def _open_missing_streams() -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import wanfast as api
 from tests import lora_files
 from tests.conftest import Machine, Outcome
 from tests.expert_forms import FORMS
+from wanfast import cli as wanfast_cli
 from wanfast.commands import bench as bench_command
 from wanfast.commands import calibrate_attention as attention_command
 from wanfast.commands import calibrate_magcache as calibrate_command
@@ -611,3 +613,27 @@ def test_the_advice_on_lossy_attention_can_be_followed(wanfast: Wanfast, command
 
 def test_serve_has_all_options_of_lossy_attention() -> None:
     assert all("serve" in OPTIONS[name].option.also for name in OF_LOSSY)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize("kind", [ValueError, MissingArtifactError])
+def test_a_signal_whose_exception_is_replaced_ends_the_command_as_usual(
+    wanfast: Callable[..., Outcome], number: int, code: int, word: str, kind: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """torch's C code turned the exception of a signal into a ValueError about the shape of a storage."""
+
+    def replaced(*arguments: object, **options: object) -> int:
+        try:
+            signal.raise_signal(number)
+        except BaseException:  # noqa: BLE001 - as C code does
+            raise kind("another error") from None
+        return 0
+
+    monkeypatch.setattr(wanfast_cli, "app", replaced)
+    outcome = wanfast("doctor", "--json")
+    assert outcome.exit_code == code
+    assert outcome.err == f"error: {word}: no half-written file is left\n"
+    assert json.loads(outcome.out)["exit_code"] == code
