@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job
 from wanfast.runtime.processes import worker
 from wanfast.runtime.processes.run_folder import result_file
+from wanfast.runtime.store.model_files import TINY
 
 __all__ = ["start"]
 
@@ -150,6 +152,54 @@ def test_a_rank_that_is_killed_costs_no_video_whose_file_is_incomplete(start: St
     assert "rank 0 was killed by SIGKILL" in errors[1] and errors[::2] == ["", ""]
     assert (workdir / "tried").exists() and [file.exists() for file in outputs] == [True, False, True]
     assert not list(workdir.glob(".*.part"))
+
+
+# Group X makes the first video while group Y makes the second one. X is killed while it loads the models of the third
+# one. The file of the first video is incomplete then, and Y still lives.
+LOADS = (
+    WAITS.format(fault="pass")
+    + """
+import signal
+load, slow = session.load_models, session.Session.make
+
+def wait_for(name):
+    ends = time.monotonic() + 30
+    while not pathlib.Path(name).exists() and time.monotonic() < ends:
+        time.sleep(0.01)
+
+def held(self, job, on_step, *others, **named):
+    def stepped(done, expert):
+        if job.config.video.prompt == "second" and done == 1:
+            pathlib.Path("begun").touch()
+            wait_for("killed")
+            time.sleep(0.5)
+        if job.config.video.prompt == "first" and done == 1:
+            wait_for("begun")
+        on_step(done, expert)
+    return slow(self, job, stepped, *others, **named)
+
+def deadly(files, *others):
+    if files.root.name == "deadly":
+        wait_for("tried")
+        pathlib.Path("killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load(files, *others)
+
+session.Session.make, session.load_models = held, deadly
+"""
+)
+
+
+def test_a_group_that_is_killed_while_it_loads_makes_the_video_before_again(start: Start, workdir: Path) -> None:
+    shutil.copytree(TINY, workdir / "deadly")
+    outputs = write_list(workdir, {"prompt": "first"}, {"prompt": "second"}, {"model": "deadly"})
+    groups = ("--num-gpus", "2", "--cfg-parallel", "1", "--ulysses", "1")
+    environment = with_fault(workdir, LOADS, rank=0, replica=None)
+    exit_code, out, err = start(*SMALL, *groups, "--jobs", "jobs.jsonl", "--json", environment=environment).end()
+    assert exit_code == 6, err
+    errors = [result.get("error", "") for result in results(out)]
+    assert errors[:2] == ["", ""] and "was killed by SIGKILL" in errors[2]
+    assert [file.exists() for file in outputs] == [True, True, False] and not list(workdir.glob(".*.part"))
 
 
 def test_a_signal_leaves_no_incomplete_file_of_an_earlier_video(start: Start, workdir: Path) -> None:

@@ -140,7 +140,7 @@ class RankGroups:
         If a rank group dies, its current job fails with the group's error. If the group was still writing the files of
         its previous job, the previous job is done again. Usually the group is started again for the remaining
         jobs. A dead group is not started again in these cases:
-        * the group died while it loaded models, and other groups live;
+        * the group died while it loaded models, other groups live, and no job of the dead group is done again;
         * the group spans several machines;
         * for the second time in a row, the group died before it claimed a job.
 
@@ -357,10 +357,10 @@ class RankGroups:
         """Starts each dead group again, once; `claims` are those of the jobs without a result.
 
         A group that is started again gives back its jobs in `again`, so that they are done again.
-        A group that died while it loaded leaves the list to the others, if others live. A place where one group after
-        the other claimed no job stays empty. Returns the jobs whose models killed one group after the other, each with
-        the last group's number. A group that spans machines is not started again, because the other machines would
-        have to start it too.
+        A group that died while it loaded leaves the list to the others, if others live and it gives no job back. A
+        place where one group after the other claimed no job stays empty. Returns the jobs whose models killed one
+        group after the other, each with the last group's number. A group that spans machines is not started again,
+        because the other machines would have to start it too.
         """
         lost: dict[int, int] = {}
         if self._ranks.nnodes > 1:
@@ -373,10 +373,11 @@ class RankGroups:
             given_back = [index for index in again if claims[index] == number]
             self._failed_starts[place] = 0 if number in claimed else self._failed_starts[place] + 1
             if number in claimed and was_loading(self._folder, number):
-                if len(dead) < self._groups:
+                others_live = len(dead) < self._groups
+                if others_live and not given_back:  # the others may have ended when a job is given back
                     continue
                 own = {index for index, owner in claims.items() if owner == number} - set(given_back)
-                for models in {batch.loads(index) for index in own}:
+                for models in () if others_live else {batch.loads(index) for index in own}:
                     self._failed_loads[models] += 1
                     if self._failed_loads[models] >= MOST_LOADS:
                         alike = [
