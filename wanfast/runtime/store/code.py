@@ -6,14 +6,20 @@ sentence was reworded.
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
-import io
-import tokenize
+import re
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[2]
+# Regular expressions, because a run waits for its keys: parsing the package takes 0.5 s, and these take 0.05 s.
+_LONG = r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""'
+_STRING_OR_COMMENT = re.compile(
+    rf"""({_LONG}|{_LONG.replace('"', "'")}|"[^"\\\n]*(?:\\.[^"\\\n]*)*"|'[^'\\\n]*(?:\\.[^'\\\n]*)*')|\#[^\n]*""",
+    re.DOTALL,
+)
+_LINE_END = re.compile(r"(?:[ \t]*\n)+")  # with the empty lines behind it
+_DOCSTRING = re.compile(rf"(\A|:\n)[ \t]*r?{_LONG}\n", re.DOTALL)  # at the start of a file or of a block
 
 
 @functools.cache
@@ -35,18 +41,5 @@ def digest_of_code(*patterns: str, words: bool = False) -> str:
 
 def without_words(source: str) -> str:
     """Returns Python source without its comments, docstrings and empty lines; all other lines keep their text."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            match node.body:
-                case [ast.Expr(ast.Constant(str())) as docstring, *_]:
-                    lines[docstring.lineno - 1 : docstring.end_lineno] = [""] * _height(docstring)
-    return "".join(f"{line.rstrip()}\n" for line in lines if line.strip())
-
-
-def _height(node: ast.Expr) -> int:
-    return (node.end_lineno or node.lineno) - node.lineno + 1
+    code = _STRING_OR_COMMENT.sub(lambda found: found[1] or "", source)
+    return _DOCSTRING.sub(r"\1", _LINE_END.sub("\n", code.lstrip()))
