@@ -204,7 +204,9 @@ def test_words_are_what_the_parser_calls_so(room: str) -> None:
             if token.type == tokenize.COMMENT:
                 lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            if isinstance(
+                node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            ) and ast.get_docstring(node):
                 first, last = node.body[0].lineno, node.body[0].end_lineno or 0
                 lines[first - 1 : last] = [""] * (last - first + 1)
         assert code.without_words(source) == "".join(f"{line.rstrip()}\n" for line in lines if line.strip())
