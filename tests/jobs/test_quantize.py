@@ -247,16 +247,16 @@ def test_two_at_once_make_one(workdir: Path) -> None:
     assert not list((workdir / "artifacts" / "quantized").glob("*.partial"))
 
 
-# Files and parts are an eighth as large as they are. After the command, this prints by how much memory grew at most.
+# Files and parts are a 32nd as large as they are. After the command, this prints by how much memory grew at most.
 PIECES = """
 import resource, sys
 from pathlib import Path
 from wanfast.cli import main
 from wanfast.runtime.jobs import quantize
 from wanfast.runtime.weights import checkpoint
-quantize.SHARD_BYTES >>= 3
-quantize._CHUNK_VALUES >>= 3
-checkpoint._REMAP_BYTES >>= 3
+quantize.SHARD_BYTES >>= 5
+quantize._CHUNK_VALUES >>= 5
+checkpoint._REMAP_BYTES >>= 5
 def resident(kind):
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(kind)) * 1024
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -270,9 +270,9 @@ finally:
 
 @pytest.fixture
 def holes(workdir: Path) -> Path:
-    """Writes an expert of holes, half as wide as the A14B's, with four layers; its hashes are on record."""
-    spec = replace(A14B.dit, dim=2560, ffn_dim=6912, num_heads=20, num_layers=4)
-    sparse_model.write(workdir / "sparse", spec, shard_bytes=1_500_000_000)
+    """Writes an expert of holes, a quarter as wide as the A14B's, with four layers; its hashes are on record."""
+    spec = replace(A14B.dit, dim=1280, ffn_dim=3456, num_heads=10, num_layers=4)
+    sparse_model.write(workdir / "sparse", spec, shard_bytes=200_000_000)
     for number, file in enumerate(sorted((workdir / "sparse").rglob("*.safetensors"))):
         identity._remember(identity._state(file), f"{number:064x}", workdir / "artifacts")
     return workdir / "sparse"
@@ -299,12 +299,12 @@ def test_an_interrupt_leaves_nothing_half_done(workdir: Path, holes: Path) -> No
 
 
 def test_only_pieces_are_in_memory(workdir: Path, holes: Path) -> None:
-    """More layers need no more memory; the whole source would take 1.2 GB more, and the whole result 0.5 GB more."""
+    """More layers need no more memory; the whole source would take 0.3 GB more, and the whole result 0.1 GB more."""
     process = in_pieces(holes, "int8-weight-only")
     out, err = process.communicate()
     assert process.returncode == 0, err
     grew = int(err.split("GREW ")[1])
     (result,) = json.loads(out.splitlines()[-1])["results"]
     print(f"{result['source_bytes'] / 1e9:.2f} GB -> {result['bytes'] / 1e9:.2f} GB, grew by {grew / 1e9:.2f} GB")
-    assert result["source_bytes"] > 1.5e9 and result["bytes"] < 0.4 * result["source_bytes"]
-    assert grew < 1.3e9
+    assert result["source_bytes"] > 0.4e9 and result["bytes"] < 0.4 * result["source_bytes"]
+    assert grew < 0.34e9

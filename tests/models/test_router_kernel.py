@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,18 @@ BLOCK = 8  # tokens; a tile of the kernel has 64 blocks
 
 @pytest.fixture
 def by_kernel(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Makes the router use its kernel, until `undo` is called."""
+    """Makes the router use its kernel, until `undo` is called; the interpreter runs once for equal inputs."""
     kernel = importlib.import_module("wanfast.runtime.models.router_kernel")
-    monkeypatch.setattr(attention_router, "router_kernel", kernel, raising=False)
+    scored: list[tuple[Tensor, Tensor, tuple[int, ...], Tensor]] = []
+
+    def once(q: Tensor, k: Tensor, *numbers: int) -> Tensor:
+        for known_q, known_k, known, scores in scored:
+            if numbers == known and torch.equal(q, known_q) and torch.equal(k, known_k):
+                return scores.clone()
+        scored.append((q, k, numbers, kernel.choice_scores(q, k, *numbers)))
+        return scored[-1][-1].clone()
+
+    monkeypatch.setattr(attention_router, "router_kernel", SimpleNamespace(choice_scores=once), raising=False)
     monkeypatch.setattr(attention_router, "_by_kernel", lambda x: True)
     return monkeypatch
 
@@ -36,8 +46,8 @@ def drawn(length: int, head_dim: int = 8, heads: int = 3) -> list[Tensor]:
         (8, 8, 1, 0),  # one block
         (61, 24, 2, 1),  # the last block lacks a quarter, and its last quarter a token
         (512, 128, 3, 0),  # a whole tile
-        (513, 128, 3, 2),  # a tile's only block has one quarter
-        (1101, 8, 5, 4),
+        (513, 8, 3, 2),  # a tile's only block has one quarter
+        (1101, 8, 5, 4),  # three tiles
     ],
 )
 @torch.inference_mode()

@@ -18,8 +18,8 @@ from wanfast.runtime.facts.densities import Densities
 
 @pytest.fixture(scope="module")
 def judge() -> tiny.Judge:
-    """Of videos with four blocks of 128 tokens."""
-    return tiny.Judge(tiny.Settings("tiny", 2, 2.0, "bf16", side=224, frames=5))
+    """Of videos with four blocks of 128 tokens, without guidance, so that a step is one forward."""
+    return tiny.Judge(tiny.Settings("tiny", 2, 1.0, "bf16", side=224, frames=5))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from wanfast.runtime.planning.plan import Plan
 @pytest.mark.slow
 def test_a_pair_by_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skipping, "SETTINGS", skipping.SETTINGS[5:6])
-    judge = tiny.Judge(tiny.Settings("tiny", steps=40, guidance=2.0, precision="bf16"))
+    judge = tiny.Judge(tiny.Settings("tiny", steps=40, guidance=2.0, precision="bf16", side=96, frames=9))
     results = [skipping.judged(judge, (1, False))]
     off, greedy, best, extrapolated = skipping.summarise(results, judge, with_others=False)
     assert (off["skipped_forwards"], off["psnr_unskipped"], off["ssim_unskipped"]) == (0, None, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import threading
@@ -13,10 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPMessage
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import openai
+import uvicorn.server
 
 from wanfast.runtime.errors import CancelledError
 from wanfast.runtime.planning import sidecar
@@ -38,6 +41,9 @@ SMALL = {"model": "tiny", "device": "cpu", "size": "64x64", "frames": 5}
 WARM_UP = "warm-up"
 NO_KEYS = Keys()
 NONE: Mapping[str, str] = {}
+_HASTY = {**vars(asyncio), "sleep": lambda seconds: asyncio.sleep(seconds / 10)}
+# uvicorn looks every tenth of a second whether it shall end, and then sleeps for another one.
+vars(uvicorn.server)["asyncio"] = SimpleNamespace(**_HASTY)
 
 
 def colour(seed: int) -> int:

@@ -102,6 +102,14 @@ def _frames(video: Tensor) -> Tensor:
     return _unit(video).flatten(0, 1).unsqueeze(1)
 
 
+def _sliding(window: Tensor, side: int) -> Tensor:
+    """Returns the matrix [side - len(window) + 1, side] that applies the window at each place where it fits."""
+    matrix = window.new_zeros(side - len(window) + 1, side)
+    for place, value in enumerate(window):
+        matrix.diagonal(place).fill_(value)
+    return matrix
+
+
 def _ssim_maps(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Returns SSIM and its contrast-structure factor, at each pixel where the window fits."""
     c1, c2 = 0.01**2, 0.03**2
@@ -110,7 +118,9 @@ def _ssim_maps(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     window = window / window.sum()
 
     def blur(image: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(image, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+        """Multiplies by banded matrices: on a CPU, convolutions of float64 take four times as long."""
+        rows, columns = (_sliding(window, side) for side in image.shape[-2:])
+        return rows @ image @ columns.T
 
     mean_x, mean_y = blur(x), blur(y)
     variance_x, variance_y = blur(x * x) - mean_x.square(), blur(y * y) - mean_y.square()
