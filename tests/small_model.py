@@ -36,7 +36,7 @@ TEXT_SPEC = dataclasses.replace(  # of the kind that makes videos from text alon
     T2V_A14B,
     name="small text",
     dit=dataclasses.replace(SPEC.dit, in_channels=T2V_A14B.dit.in_channels),
-    **{part: getattr(SPEC, part) for part in ("vae", "umt5", "size", "frames", "steps")},
+    **{part: getattr(SPEC, part) for part in ("vae", "umt5", "boundary", "shift", "size", "frames", "steps")},
 )
 
 

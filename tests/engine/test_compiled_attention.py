@@ -30,9 +30,9 @@ SMALL = {"size": "96x64", "frames": 5}  # 48 tokens
 
 
 @pytest.fixture
-def planned(small_model: Path, workdir: Path) -> Planned:
-    """Returns a function that plans a video of 455 tokens with the small model, which has two layers."""
-    return lambda **options: plan_small_model(small_model, **{**SIZE, **options})
+def planned(small_text_model: Path, workdir: Path) -> Planned:
+    """Returns a function that plans a video of 455 tokens with a small model, which has two layers."""
+    return lambda **options: plan_small_model(small_text_model, **{**SIZE, **options})
 
 
 @torch.inference_mode()

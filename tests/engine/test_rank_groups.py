@@ -21,14 +21,16 @@ from wanfast.bench.model_folder import randomise
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.distributed.vae_parallel import SplitRows
-from wanfast.runtime.engine import loading, pixels, prompt_embeds
+from wanfast.runtime.engine import compilation, loading, pixels, prompt_embeds
 from wanfast.runtime.engine import pipeline as pipeline_module
 from wanfast.runtime.engine.conditioning import draw_noise
+from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import EXPERTS, Expert
 from wanfast.runtime.facts.mesh import Mesh, choose_mesh
 from wanfast.runtime.media import images
+from wanfast.runtime.models import convolution
 from wanfast.runtime.models import vae as vae_module
 from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.models.vae import WanVAE
@@ -321,20 +323,34 @@ Shared = tuple[torch.Tensor, torch.Tensor | None, int, list[str]]
 
 
 @torch.inference_mode()
-def by_the_vae(plan: Plan, files: ModelFiles, ranks: Ranks, fails_at: Container[int]) -> Shared:
-    """Returns condition, video, evicted weights and errors; the VAE's convolutions of these numbers fail on rank 1."""
+def by_the_vae(plan: Plan, files: ModelFiles, ranks: Ranks, *failures: Container[int]) -> list[Shared]:
+    """Returns condition, video, evicted weights and errors, for each container of numbers.
+
+    The VAE's convolutions of these numbers fail on rank 1.
+    """
     pipeline = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
-    convolve, calls, errors = vae_module.convolve, itertools.count(), []
+    image, _ = blank_inputs(plan, files)
+    g = plan.geometry
+    latent = torch.randn(1, 16, g.latent_frames, g.latent_height, g.latent_width)
+    return [shared(pipeline, image, latent, plan, ranks, fails_at) for fails_at in failures]
+
+
+def shared(
+    pipeline: VideoPipeline,
+    image: torch.Tensor,
+    latent: torch.Tensor,
+    plan: Plan,
+    ranks: Ranks,
+    fails_at: Container[int],
+) -> Shared:
+    calls, errors, g = itertools.count(), [], plan.geometry
 
     def failing(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         if ranks.rank == 1 and not x.is_meta and next(calls) in fails_at:
             raise torch.OutOfMemoryError("too large\nby far")
-        return convolve(x, *arguments, **options)
+        return convolution.convolve(x, *arguments, **options)
 
     vae_module.convolve = failing  # in a fork
-    image, _ = blank_inputs(plan, files)
-    g = plan.geometry
-    latent = torch.randn(1, 16, g.latent_frames, g.latent_height, g.latent_width)
     while True:
         try:
             condition = pipeline.encode_condition(image, g)
@@ -354,9 +370,9 @@ def test_ranks_that_share_a_frame_begin_again_together(
     monkeypatch.setattr(pipeline_module, "_EVICT_BYTES", 1)
     torch.manual_seed(0)
     mesh = Mesh(ulysses=4)
-    expected = on_ranks(mesh, lambda ranks: by_the_vae(plan, files, ranks, ()))
     in_each = {0, 20, 60, 75, 110, 140}
-    got = on_ranks(mesh, lambda ranks: by_the_vae(plan, files, ranks, in_each), timeout_s=20)
+    made = on_ranks(mesh, lambda ranks: by_the_vae(plan, files, ranks, (), in_each), timeout_s=20)
+    expected, got = zip(*made, strict=True)
     assert [evicted for _, _, evicted, _ in got] == [0, len(in_each), 0, 0]
     assert all(torch.equal(own[0], other[0]) for own, other in zip(got, expected, strict=True))
     assert torch.equal(got[0][1], expected[0][1]) and [errors for *_, errors in got] == [[]] * 4
@@ -381,7 +397,7 @@ def test_ranks_that_share_a_frame_lose_only_the_video_that_does_not_fit(
     if split is not None:
         monkeypatch.setattr(Ranks, "rows", lambda self, rows: split(SplitRows.of(self.rank, self.size, rows)))
     monkeypatch.setattr(experts, "available_host_bytes", lambda: 0)  # so nothing can be evicted
-    got = on_ranks(Mesh(cfg=2), lambda ranks: by_the_vae(plan, files, ranks, {5, 100}), timeout_s=20)
+    got = on_ranks(Mesh(cfg=2), lambda ranks: by_the_vae(plan, files, ranks, {5, 100})[0], timeout_s=20)
     reason = "does not fit into memory beside the weights: use a smaller --size or fewer --frames (too large)"
     reason = f"--size 80x64 --frames 5: {reason}"
     assert [errors for *_, errors in got] == [[reason] * 2] * 2
@@ -454,9 +470,10 @@ def test_an_eviction_hides_no_other_error(resident: ResidentExperts, monkeypatch
     ids=["plain", "graphs", "sharded"],
 )
 def test_weights_that_other_ranks_count_on_stay(
-    planned: tuple[Plan, ModelFiles], options: dict[str, str], moves: bool
+    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch, options: dict[str, str], moves: bool
 ) -> None:
     plan, files = planned
+    monkeypatch.setattr(compilation, "_import_compiler", lambda gpu: None)  # no block runs
     config = plan.config.replace(**options)
 
     def evicts(ranks: Ranks) -> bool:

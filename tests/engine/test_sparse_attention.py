@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.engine.test_magcache_loop import APART, skipping
-from tests.engine.test_rank_groups import final_latents, with_options
+from tests.engine.test_rank_groups import final_latents, latents_of, with_options
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import blank_inputs, plan_small_model
@@ -19,6 +19,7 @@ from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import attention_probe, loading, lossy_attention, session, sparse_attention
 from wanfast.runtime.engine.attention_probe import choose
+from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import CancelledError, ConfigError
 from wanfast.runtime.facts import sparsity
@@ -35,23 +36,28 @@ from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.store.model_files import ModelFiles
 
 # 455 tokens: three blocks and 71 tokens, which two and four ranks do not divide; 13 columns are two bricks.
-SIZE = {"size": "208x112", "fit": "crop", "frames": 17}
+SIZE = {"size": "208x112", "frames": 17}
 HALF = {"attention": "sparse", "density": 0.5}
 NO_GUARDS = {"dense_share": 0.0, "dense_layers": 0}
 Planned = Callable[..., tuple[Plan, ModelFiles]]
 
 
 @pytest.fixture
-def planned(small_model: Path, workdir: Path) -> Planned:
-    """Returns a function that plans a video of 455 tokens with the small model, which has two layers."""
-    return lambda **options: plan_small_model(small_model, **SIZE, **options)
+def planned(small_text_model: Path, workdir: Path) -> Planned:
+    """Returns a function that plans a video of 455 tokens with a small model, which has two layers.
+
+    It makes videos from text alone: encoding an image would take as long as the attention.
+    """
+    return lambda **options: plan_small_model(small_text_model, **SIZE, **options)
 
 
 @torch.inference_mode()
-def made(plan: Plan, files: ModelFiles, ranks: Ranks) -> tuple[torch.Tensor, dict[str, Any] | None]:
-    """The final latents and the report of the errors, from a grey image and texts of one seed."""
+def made(
+    plan: Plan, files: ModelFiles, ranks: Ranks, pipeline: VideoPipeline | None = None
+) -> tuple[torch.Tensor, dict[str, Any] | None]:
+    """The final latents and the report of the errors, from texts of one seed; loads models if no pipeline is given."""
+    pipeline = pipeline or loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
     torch.manual_seed(3)
-    pipeline = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
     residuals = ResidualCache(plan.skips)
     latents = pipeline.latent(plan, *blank_inputs(plan, files), Stopwatch("cpu"), lambda *_: None, residuals)
     assert pipeline.lossy is not None and getattr(pipeline.lossy, "_lists", {}) == {}  # the VAE gets their memory
@@ -62,14 +68,20 @@ def test_all_blocks_give_the_latents_of_dense_attention(planned: Planned) -> Non
     """The order of the tokens, the lists and the ragged end together; only sums round otherwise."""
     plan, files = planned(attention="math")
     dense = final_latents(plan, files, Ranks("cpu"))
-    whole, _ = planned(attention="sparse", density=1.0, **NO_GUARDS)
-    assert relative_error(final_latents(whole, files, Ranks("cpu")), dense) <= 1e-5
-    half, _ = planned(**HALF, **NO_GUARDS)
-    assert 1e-3 < relative_error(final_latents(half, files, Ranks("cpu")), dense) < 1
+    sparse = [planned(attention="sparse", density=density, **NO_GUARDS)[0] for density in (1.0, 0.5)]
+    whole, half = latents_of(sparse, files, Ranks("cpu"))
+    assert relative_error(whole, dense) <= 1e-5
+    assert 1e-3 < relative_error(half, dense) < 1
 
 
-def test_a_last_image_s_blocks_are_in_all_lists(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_last_image_s_blocks_are_in_all_lists(
+    small_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last frame has 91 of 455 tokens, which lie in two blocks. All four blocks together are dense attention."""
+
+    def planned(**options: Any) -> tuple[Plan, ModelFiles]:
+        return plan_small_model(small_model, **SIZE, fit="crop", **options)
+
     dense = final_latents(*planned(attention="math", last_image="cat.png"), Ranks("cpu"))
     kept: list[Any] = []
     make, order = sparse_attention.block_lists, sparse_attention.brick_order
@@ -108,11 +120,12 @@ def varied(plan: Plan, *by_band: Any, bands: tuple[int, ...] = (0,)) -> Plan:
 
 def test_a_uniform_plan_gives_the_bits_of_its_density(planned: Planned) -> None:
     plan, files = planned(**HALF, attention_check=True)
-    expected, report = made(plan, files, Ranks("cpu"))
-    uniform, of_uniform = made(varied(plan, ((0.5,) * 8,) * 2), files, Ranks("cpu"))
+    pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    expected, report = made(plan, files, Ranks("cpu"), pipeline)
+    uniform, of_uniform = made(varied(plan, ((0.5,) * 8,) * 2), files, Ranks("cpu"), pipeline)
     assert torch.equal(uniform, expected) and of_uniform == report
     one_denser = ((0.5,) * 8, (0.5,) * 7 + (None,))
-    assert not torch.equal(made(varied(plan, one_denser), files, Ranks("cpu"))[0], expected)
+    assert not torch.equal(made(varied(plan, one_denser), files, Ranks("cpu"), pipeline)[0], expected)
 
 
 def test_ranks_give_each_head_its_density(planned: Planned) -> None:
@@ -161,10 +174,11 @@ def test_heads_that_are_divided_by_their_work_give_the_bits_of_their_own_order(
     )
 
     def both(ranks: Ranks) -> Any:
-        divided = made(plan, files, ranks)
+        pipeline = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
+        divided = made(plan, files, ranks, pipeline)
         orders, used[:] = [*used], []
         monkeypatch.setattr(sparsity, "assigned", in_order)
-        return divided, made(plan, files, ranks), orders, [*used]
+        return divided, made(plan, files, ranks, pipeline), orders, [*used]
 
     for divided, own, orders, none in on_ranks(Mesh(cfg=2, ulysses=2), both):
         assert torch.equal(divided[0], own[0]) and divided[1] == own[1] and none == []
@@ -217,11 +231,12 @@ def test_a_plan_runs_beside_magcache_and_quantized_experts(planned: Planned) -> 
     plan, files = planned(steps=8, **HALF, **weights)
     plan = skipping(plan)
     assert plan.skips == APART
-    expected = final_latents(plan, files, Ranks("cpu"))
     half = ((0.5,) * 8,) * 2
-    assert torch.equal(final_latents(varied(plan, half, half, bands=(0, 3)), files, Ranks("cpu")), expected)
-    other = varied(plan, half, (half[0], (None,) * 8), bands=(0, 3))
-    assert not torch.equal(final_latents(other, files, Ranks("cpu")), expected)
+    by_band = (half, (half[0], (None,) * 8))
+    plans = [plan, *(varied(plan, half, second, bands=(0, 3)) for second in by_band)]
+    expected, uniform, other = latents_of(plans, files, Ranks("cpu"))
+    assert torch.equal(uniform, expected)
+    assert not torch.equal(other, expected)
 
 
 def test_another_band_makes_other_lists(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,14 +324,14 @@ def test_a_calibration_stays_dense_and_measures_what_lists_would_cost(
     assert relative_error(latents, made(plan, files, Ranks("cpu"))[0]) <= 1e-5  # lists of all blocks are dense
     assert {*errors} == {(step, branch, layer) for step in range(8) for branch in BRANCHES for layer in (0, 1)}
     assert len(chosen) == 5 * 2 * 2  # in the steps 0, 2, 3, 5 and 7, as a video's lists are; two branches and layers
-    half, _ = planned(steps=8, **HALF, attention_check=True, **NO_GUARDS)
-    _, report = made(half, files, Ranks("cpu"))
+    half, _ = planned(steps=2, **HALF, attention_check=True, **NO_GUARDS)  # its first step is that of eight
+    pipeline = loading.load_models(files, half.config, Ranks("cpu"), Stopwatch("cpu"))
+    _, report = made(half, files, Ranks("cpu"), pipeline)
     assert report is not None
     by_length = list(zip(*errors[0, "prompt", 0], strict=True))
     assert report["forwards"][0]["relative_errors"][0] == pytest.approx(by_length[0], rel=1e-2)
     assert min(by_length[0]) > 1e-2 > 1e-5 > max(by_length[2])
-    in_fp8, _ = planned(steps=8, **HALF, attention_check=True, **NO_GUARDS)
-    _, report = made(varied(in_fp8, (("fp8",) * 8,) * 2), files, Ranks("cpu"))
+    _, report = made(varied(half, (("fp8",) * 8,) * 2), files, Ranks("cpu"), pipeline)
     assert report is not None
     assert report["forwards"][0]["relative_errors"][0] == pytest.approx(by_length[3], rel=0.15)  # other limits of q
     assert min(by_length[3]) > 1e-3 and max(by_length[3]) < min(by_length[0])
