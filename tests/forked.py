@@ -7,6 +7,7 @@ a second instead of seconds. Tests of the start itself use `subprocess.Popen`.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import importlib
 import inspect
@@ -88,6 +89,8 @@ def _become(asked: dict[str, Any]) -> NoReturn:
 def _prepare(asked: dict[str, Any]) -> None:
     """Sets what `exec` and a new interpreter set: descriptors, session, folder, environment, signals, seeds."""
     faulthandler.disable()
+    # It would close pytest's log file by its number, which may be that of another file by then, such as gloo's.
+    atexit.unregister(logging.shutdown)
     for number in _ENDING:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -70,3 +70,12 @@ def test_a_signal_that_comes_with_the_fork_of_a_command_ends_it() -> None:
         signal.signal(signal.SIGTERM, before)
         now.clear()
     assert command.wait(10) == -signal.SIGTERM
+
+
+def test_the_exit_functions_of_a_forked_command_close_no_file_of_its_own() -> None:
+    """Ranks aborted at their end, when pytest's log file was closed by its number, which gloo had got since."""
+    code = (
+        "import atexit, os; files = [os.open('/dev/null', os.O_RDONLY) for _ in range(50)]; atexit._run_exitfuncs(); "
+    )
+    command = ForkedPopen([sys.executable, "-c", code + "[os.fstat(file) for file in files]"], stderr=subprocess.PIPE)
+    assert command.wait(10) == 0
