@@ -7,6 +7,7 @@ a second instead of seconds. Tests of the start itself use `subprocess.Popen`.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import importlib
 import inspect
@@ -41,6 +42,7 @@ _RealPopen = subprocess.Popen
 _SIGNATURE = inspect.signature(_RealPopen._execute_child)
 _STREAMS = ("p2cread", "c2pwrite", "errwrite")  # the new process's stdin, stdout and stderr; -1 is the parent's own
 LAUNCHER = "wanfast.runtime.processes.elastic"
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM, signal.SIGINT)
 REAL_LAUNCHERS = "WANFAST_TESTS_REAL_LAUNCHERS"  # in the environment: launchers import torch, and so read its variables
 
 
@@ -63,9 +65,14 @@ class ForkedPopen(_RealPopen):  # type: ignore[type-arg]
         """Returns the id of a fork that becomes the process that is asked for."""
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            _become(asked)
+        # Functions of `os.register_at_fork` ignore exceptions, also that of this process's handler of a signal.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _become(asked)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
 
 
@@ -82,9 +89,12 @@ def _become(asked: dict[str, Any]) -> NoReturn:
 def _prepare(asked: dict[str, Any]) -> None:
     """Sets what `exec` and a new interpreter set: descriptors, session, folder, environment, signals, seeds."""
     faulthandler.disable()
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):
+    # It would close pytest's log file by its number, which may be that of another file by then, such as gloo's.
+    atexit.unregister(logging.shutdown)
+    for number in _ENDING:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     for target, descriptor in enumerate(asked[name] for name in _STREAMS):
         if descriptor != -1:
             os.dup2(descriptor, target)

@@ -117,7 +117,7 @@ def test_an_error_of_a_file_is_that_of_its_own_video(
 
     def failing(self: sidecar.Recording, document: dict[str, Any]) -> dict[str, Any]:
         if self._outputs[0].name in ("1.mp4", "3.mp4"):
-            time.sleep(0.5)
+            time.sleep(0.2)
             raise ConfigError("--output: the disk is full")
         return finish(self, document)
 
@@ -208,7 +208,7 @@ def test_a_signal_leaves_no_incomplete_file_of_an_earlier_video(start: Start, wo
     run = start(*SMALL, "--num-gpus", "2", "--jobs", "jobs.jsonl", "--json", environment=environment)
     while not (workdir / "begun").exists():
         assert run.process.poll() is None, run.end()
-        time.sleep(0.05)
+        time.sleep(0.02)
     children = run.children()
     assert list(workdir.glob(".1.mp4.*.part"))
     run.process.send_signal(signal.SIGINT)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 
+from tests.forked import ForkedPopen
 from tests.processes.test_launch import PACKAGE, gone
 
 FORKS = """
@@ -55,3 +57,25 @@ def test_ranks_that_wait_die_with_their_launcher(tmp_path: Path) -> None:
         ranks = psutil.Process(process.pid).children()
         process.kill()
     assert len(ranks) == 2 and gone(ranks, 5)
+
+
+def test_a_signal_that_comes_with_the_fork_of_a_command_ends_it() -> None:
+    """Else a launcher that was stopped at once stayed, and was killed eight seconds later."""
+    now = [True]
+    os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM) if now else None)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as a command leaves it to this process
+    try:
+        command = ForkedPopen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        now.clear()
+    assert command.wait(10) == -signal.SIGTERM
+
+
+def test_the_exit_functions_of_a_forked_command_close_no_file_of_its_own() -> None:
+    """Ranks aborted at their end, when pytest's log file was closed by its number, which gloo had got since."""
+    code = (
+        "import atexit, os; files = [os.open('/dev/null', os.O_RDONLY) for _ in range(50)]; atexit._run_exitfuncs(); "
+    )
+    command = ForkedPopen([sys.executable, "-c", code + "[os.fstat(file) for file in files]"], stderr=subprocess.PIPE)
+    assert command.wait(10) == 0

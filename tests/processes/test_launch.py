@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -70,20 +71,20 @@ class Run:
     def wait_for_steps(self, done: int = 1, replica: int = 0) -> dict[int, int]:
         """Waits until a rank group is denoising; returns {rank: its process id}."""
         runs = self.folder / "artifacts/runs"
-        for _ in range(600):
-            time.sleep(0.1)
+        for _ in range(3000):
+            time.sleep(0.02)
             assert self.process.poll() is None, self.end()
-            own = {child.pid for child in self.children()}
             for file in runs.glob(f"*/progress/{replica}.json"):
                 files = (file.parents[1] / "ranks").glob(f"{replica}-*/pid")
                 ranks = {int(pid.parent.name.split("-")[1]): int(pid.read_text()) for pid in files}
-                if json.loads(file.read_text())["done"] >= done and own >= set(ranks.values()):
+                has_begun = json.loads(file.read_text())["done"] >= done
+                if has_begun and {child.pid for child in self.children()} >= set(ranks.values()):
                     return ranks
         raise AssertionError("no step in a minute")
 
     def wait_for_launcher(self) -> None:
         while not self.children():
-            time.sleep(0.05)
+            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -203,11 +204,11 @@ def test_a_rank_that_ends_in_the_middle_is_named_not_its_peers(start: Start, wor
 
 def test_a_rank_that_hangs_is_named(start: Start, workdir: Path) -> None:
     environment = with_fault(workdir, in_third_step("import time; time.sleep(1000)"), rank=1)
-    run = start(*ENDLESS, "--num-gpus", "4", "--rank-timeout", "5", environment=environment)
+    run = start(*ENDLESS, "--num-gpus", "4", "--rank-timeout", "3", environment=environment)
     run.wait_for_steps(done=2)
     began, children = time.monotonic(), run.children()
     code, _, err = run.end(60)
-    assert code == 5 and "the ranks waited --rank-timeout 5 s for rank 1, which hangs" in err, err
+    assert code == 5 and "the ranks waited --rank-timeout 3 s for rank 1, which hangs" in err, err
     assert time.monotonic() - began < 30
     assert gone(children, 5) and only_inputs(workdir)
     left = workdir.glob("artifacts/runs/*/ranks/*/progress")
@@ -259,7 +260,11 @@ video_file.Mp4Writer = Killed
 def test_the_groups_of_a_command_end_without_being_asked(
     wanfast: Callable[..., Outcome], workdir: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
 ) -> None:
-    """No batch follows, so that a GPU is already free while the command prints the result."""
+    """No batch follows, so that a GPU is already free while the command prints the result.
+
+    Each group is formed without the random delay by which torch lets many machines not meet all at once.
+    """
+    monkeypatch.setattr(random, "uniform", lambda *_: pytest.fail("torch's agent delays the start of a group"))
     close, codes = launch.RankGroups.close, []
 
     def noted(self: launch.RankGroups) -> None:
@@ -279,6 +284,9 @@ def test_signals_end_every_rank(start: Start, workdir: Path, number: signal.Sign
     run = start(*ENDLESS, "--num-gpus", "2", forked=number == signal.SIGTERM)
     run.wait_for_steps()
     children = run.children()
+    if number == signal.SIGINT:  # of a fork, the environment cannot be read
+        (launcher,) = (child for child in children if child.ppid() == run.process.pid)
+        assert launcher.environ()["WANFAST_PARENT"] == str(run.process.pid)
     sent = time.monotonic()
     run.process.send_signal(number)
     code, _, err = run.end(10)
@@ -288,11 +296,9 @@ def test_signals_end_every_rank(start: Start, workdir: Path, number: signal.Sign
 
 
 def test_ranks_die_with_a_parent_that_is_killed(start: Start) -> None:
-    run = start(*ENDLESS, "--num-gpus", "2", forked=False)  # whose environment is read
+    run = start(*ENDLESS, "--num-gpus", "2")
     run.wait_for_steps()
     children = run.children()
-    (launcher,) = (child for child in children if child.ppid() == run.process.pid)
-    assert launcher.environ()["WANFAST_PARENT"] == str(run.process.pid)
     run.process.kill()
     assert len(children) == 3 and gone(children, 10)
 
@@ -402,7 +408,7 @@ def test_ranks_are_waited_for_before_their_files_are_removed(
     tmp_path: Path, ended_launchers: list[tuple[int, int]]
 ) -> None:
     with launch.RankGroups(tmp_path, effective_config(num_gpus=2).ranks, 1) as ranks:
-        rank = subprocess.Popen(["sh", "-c", "sleep 0.5; touch .out.mp4.$$.part"], cwd=tmp_path)
+        rank = subprocess.Popen(["sh", "-c", "sleep 0.2; touch .out.mp4.$$.part"], cwd=tmp_path)
         threading.Thread(target=rank.wait).start()
         (tmp_path / "ranks/1-0").mkdir(parents=True)
         (tmp_path / "ranks/1-0/pid").write_text(str(rank.pid))
@@ -621,8 +627,8 @@ def test_a_rank_group_that_dies_leaves_the_others_at_work(start: Start, workdir:
     lines = [{"steps": 1000, "output": "lost.mp4"}, {"steps": 3, "output": "a.mp4"}, {"steps": 3, "output": "b.mp4"}]
     (workdir / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     run = start(*SMALL, "--jobs", "jobs.jsonl", "--num-gpus", "4", "--cfg-parallel", "1", "--json")
-    for _ in range(600):  # find the rank group that took the first line
-        time.sleep(0.1)
+    for _ in range(3000):  # find the rank group that took the first line
+        time.sleep(0.02)
         at_work = {file.stem: json.loads(file.read_text()) for file in workdir.glob("artifacts/runs/*/progress/*.json")}
         if lost := [replica for replica, state in at_work.items() if state["job"] == 0 and state["done"] > 0]:
             break
@@ -675,8 +681,8 @@ session.load_models = too_large
 def test_two_runs_in_one_folder_do_not_touch_each_other(start: Start, workdir: Path) -> None:
     doomed = start(*ENDLESS, "--num-gpus", "2", "--output", "doomed.mp4")
     doomed.wait_for_steps()
-    other = start(*SMALL, "--steps", "40", "--num-gpus", "2", "--output", "other.mp4")
-    time.sleep(1)
+    other = start(*SMALL, "--steps", "20", "--num-gpus", "2", "--output", "other.mp4")
+    other.wait_for_steps()
     doomed.process.send_signal(signal.SIGINT)
     assert doomed.end(10)[0] == 130
     code, _, err = other.end()
@@ -744,7 +750,7 @@ def test_a_port_that_is_opened_on_the_first_machine_may_be_in_use_here() -> None
 
 def test_machines_that_do_not_meet_are_said(start: Start) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
-    run = start(*SMALL, "--nnodes", "2", "--rdzv-endpoint", endpoint, "--rank-timeout", "2")
+    run = start(*SMALL, "--nnodes", "2", "--rdzv-endpoint", endpoint, "--rank-timeout", "1")
     code, _, err = run.end(60)
     assert code == 2 and f"--rdzv-endpoint {endpoint}: the 2 machines did not meet" in err
 

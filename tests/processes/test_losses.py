@@ -101,7 +101,7 @@ def test_each_bad_line_has_its_own_reason_and_the_others_are_made(
     bad: dict[int, tuple[dict[str, str], str]] = {
         2: ({"prompt": "memory runs out"}, "a rank ran out of memory"),
         4: ({"prompt": "a rank is killed"}, "rank 1 was killed by SIGKILL"),
-        6: ({"prompt": "a rank hangs"}, "waited --rank-timeout 6 s for rank 1, which hangs"),
+        6: ({"prompt": "a rank hangs"}, "waited --rank-timeout 3 s for rank 1, which hangs"),
         8: ({"image": "damaged.png"}, "damaged.png: is truncated or damaged"),
         10: ({"model": "nan"}, "blocks.1.attn1.to_q.weight"),
     }
@@ -111,7 +111,7 @@ def test_each_bad_line_has_its_own_reason_and_the_others_are_made(
     write_model_with_nan(workdir / "nan")
     lines = [{"output": f"{line}.mp4", "steps": 3} | bad.get(line, ({}, ""))[0] for line in range(1, 13)]
     (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    mesh = ("--num-gpus", str(ranks), "--cfg-parallel", "2", "--ulysses", "1", "--rank-timeout", "6")
+    mesh = ("--num-gpus", str(ranks), "--cfg-parallel", "2", "--ulysses", "1", "--rank-timeout", "3")
     environment = with_fault(workdir, FAULTS, rank=1, replica=None)
     run = start(*SMALL, *mesh, "--jobs", "jobs.jsonl", "--json", environment=environment)
     run.wait_for_launcher()
@@ -206,13 +206,13 @@ def test_a_group_whose_ranks_all_hang_costs_its_line(
         return time.sleep(1000) if files.root.name == "stuck" else load(files, *others)
 
     monkeypatch.setattr(session, "load_models", stuck)
-    monkeypatch.setattr(pace, "_MOST_TIMEOUTS", 0.1)
+    monkeypatch.setattr(pace, "_MOST_TIMEOUTS", 0.05)
     lines = [line | {"output": f"{k}.mp4", "steps": 1} for k, line in enumerate([{"model": "stuck"}, {}])]
     (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     ranks = ("--num-gpus", "2", "--rank-timeout", "20")
     outcome = wanfast("generate", *SMALL, *ranks, "--jobs", "jobs.jsonl", "--json")
     errors = [result.get("error", "") for result in outcome.document["results"]]
-    assert "rank group 0 hangs (loading the models): it did nothing for 2 s" in errors[0] and errors[1] == ""
+    assert "rank group 0 hangs (loading the models): it did nothing for 1 s" in errors[0] and errors[1] == ""
 
 
 @pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
@@ -225,7 +225,7 @@ def test_a_launcher_that_hangs_is_started_again_once(
         return time.sleep(1000) if always or sys.argv[-1] == "0" else import_all()
 
     monkeypatch.setattr(worker, "import_all", stuck)
-    monkeypatch.setattr(pace, "_MOST_TIMEOUTS", 0.1)
+    monkeypatch.setattr(pace, "_MOST_TIMEOUTS", 0.05)
     lines = [{"output": f"{k}.mp4", "steps": 1} for k in range(3)]
     (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     outcome = wanfast("generate", *SMALL, "--rank-timeout", "10", "--jobs", "jobs.jsonl", "--json")

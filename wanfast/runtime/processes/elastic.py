@@ -82,6 +82,8 @@ def _launch(run_folder: Path, number: int, config: RanksConfig, ranks: list[Fork
         logs_specs=DefaultLogsSpecs(log_dir=str(run_folder / "logs"), redirects=Std.ALL),
         local_addr=None if spans_machines else "127.0.0.1",
     )
+    if not spans_machines:
+        _meet_at_once()
     failed: dict[str, Any]
     signals = _signals_of_the_agent()
     try:
@@ -99,6 +101,20 @@ def _launch(run_folder: Path, number: int, config: RanksConfig, ranks: list[Fork
         failed = {"rendezvous": str(error).strip().splitlines()[0]}
     replace_text(run_folder / RANKS / f"{number}.json", json.dumps(failed))
     return 5
+
+
+def _meet_at_once() -> None:
+    """Removes the random delay of up to 0.3 s, by which the agents of many machines do not all start together.
+
+    The agent of a group on one machine meets no other agent.
+    """
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous, utils
+
+    def pause(seconds: float | tuple[float, float]) -> None:
+        if not isinstance(seconds, tuple):  # a tuple is a range, from which torch draws the seconds
+            utils._delay(seconds)
+
+    dynamic_rendezvous._delay = pause  # type: ignore[attr-defined]  # torch has no option for it
 
 
 def _was_stopped(child: ProcessFailure, signals: Mapping[int, Collection[int]]) -> bool:
