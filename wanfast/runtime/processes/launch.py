@@ -51,7 +51,7 @@ from wanfast.runtime.store.artifacts import note, replace_text, write_synced, wr
 from wanfast.runtime.store.atomic import remove_partials
 
 _IMPORTED_FROM = Path(__file__).absolute().parents[3]  # at import, because the working folder may change
-_PAUSE_S = 0.1
+_PAUSE_S = 0.05  # between two looks at the groups
 _GRACE_S = 8.0  # between the request to stop and the kill
 _MOST_FAILED_STARTS = 1  # one after the other at one place, of groups that claimed no job: then no rank can start
 
@@ -134,8 +134,8 @@ class RankGroups:
 
         `verb`: the name of the command. `worker`: the name of the module whose function `run` does the jobs. `outputs`:
         the files that the jobs write. `on_result` gets each result as soon as the job is done. `on_look` gets the path
-        of the first job's frames ten times a second, and once more after the last result. `is_last`: whether no batch
-        follows; if true, each group ends when no job is left for it.
+        of the first job's frames twenty times a second, and once more after the last result. `is_last`: whether no
+        batch follows; if true, each group ends when no job is left for it.
 
         If a rank group dies, its current job fails with the group's error. If the group was still writing the files of
         its previous job, the previous job is done again. Usually the group is started again for the remaining
@@ -181,7 +181,7 @@ class RankGroups:
                 replace_text(self._folder / CLOSE, "")
                 ends = time.monotonic() + _GRACE_S
                 while time.monotonic() < ends and any(launcher.poll() is None for launcher in self._launchers.values()):
-                    time.sleep(_PAUSE_S / 5)
+                    time.sleep(_PAUSE_S / 2)
         finally:
             self.stop()
             self._starter.shutdown()
