@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -63,17 +62,17 @@ class Mix:
     def scene(self, number: int, size: tuple[int, int]) -> Scene:
         rng = random.Random(f"mix/{number}")
         kind, luck = rng.random(), rng.random()
+        has_shapes = kind >= self.shares.photographs
+        has_photograph = kind < self.shares.photographs + self.shares.shapes_over_photographs
+        must_be_hard = luck < (1 / 4 if has_shapes else 1 / 2)
         while True:
-            if kind < self.shares.photographs:
-                scene = draw_photo_scene(number, self.photographs, size, with_shapes=False)
-                if scene.camera in _HARD_CAMERAS or luck >= 1 / 2:
-                    return scene
+            if has_photograph:
+                scene = draw_photo_scene(number, self.photographs, size, with_shapes=has_shapes)
             else:
-                over = kind < self.shares.photographs + self.shares.shapes_over_photographs
-                of_shapes = partial(draw_photo_scene, photographs=self.photographs, size=size, with_shapes=True)
-                scene = (of_shapes if over else draw_scene)(number)
-                if scene.motion in _HARD or luck >= 1 / 4:
-                    return scene
+                scene = draw_scene(number)
+            is_hard = scene.motion in _HARD if has_shapes else scene.camera in _HARD_CAMERAS
+            if is_hard or not must_be_hard:
+                return scene
             number += _OTHER
 
     def render(

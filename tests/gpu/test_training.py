@@ -26,6 +26,7 @@ import training.loop
 from tests.small_pack import write_pack
 from training import train_experts, train_vae
 from training.clips import Mix
+from training.compiled import random_clips
 from training.spec import SPEC
 
 stage, piece, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -37,13 +38,7 @@ deadline = 480.0 if piece == "cut" else float("inf")
 schedule = training.loop.Schedule(steps=60, muon_rate=1e-3, warmup=2, log_every=20, deadline=deadline)
 folder.mkdir(exist_ok=True)
 if stage == "experts":
-    generator, sets = torch.Generator().manual_seed(0), []
-    for kind in train_experts.KINDS:
-        T, (w, h) = (kind.form.frames + 3) // 4, (side // 8 for side in kind.form.size)
-        z, y = (torch.randn(64, c, T, h, w, generator=generator).bfloat16().cuda() for c in (16, 20))
-        ids = torch.randint(3, 900, (65, 40), generator=generator).cuda()
-        lengths = torch.randint(5, 40, (65,), generator=generator).cuda()
-        sets.append(train_experts.Clips(z, y, ids, lengths))
+    sets = [random_clips(kind, "cuda") for kind in train_experts.KINDS]
     batches = [kind.batch for kind in train_experts.KINDS]
     train_experts.fit(SPEC, sets, schedule, folder, "cuda", batches, train_experts.ORDER)
 else:

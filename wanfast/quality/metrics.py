@@ -117,9 +117,10 @@ def _ssim_maps(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     window = torch.exp(-taps.square() / (2 * 1.5**2)).to(x.device)
     window = window / window.sum()
 
+    # On a CPU, convolutions of float64 take four times as long as products with banded matrices.
+    rows, columns = (_sliding(window, side) for side in x.shape[-2:])
+
     def blur(image: Tensor) -> Tensor:
-        """Multiplies by banded matrices: on a CPU, convolutions of float64 take four times as long."""
-        rows, columns = (_sliding(window, side) for side in image.shape[-2:])
         return rows @ image @ columns.T
 
     mean_x, mean_y = blur(x), blur(y)
