@@ -2,7 +2,7 @@
 
 A clip shows shapes over a pattern, a photograph under a moving camera, or shapes over a photograph, each with a share
 of its own. Photographs are the hardest for the VAE, and shapes for the experts, so the shares differ. The experts learn
-some motions last: shapes that spin or shrink, and cameras that zoom or turn. So at least a quarter of the clips of
+some motions last: shapes that spin or shrink, and cameras that zoom or turn. So at least a third of the clips of
 shapes, and at least half of the clips of photographs alone, show one of these. A clip depends only on its number, its
 format and the shares.
 """
@@ -64,7 +64,7 @@ class Mix:
         kind, luck = rng.random(), rng.random()
         has_shapes = kind >= self.shares.photographs
         has_photograph = kind < self.shares.photographs + self.shares.shapes_over_photographs
-        must_be_hard = luck < (1 / 4 if has_shapes else 1 / 2)
+        must_be_hard = luck < (1 / 3 if has_shapes else 1 / 2)
         while True:
             if has_photograph:
                 scene = draw_photo_scene(number, self.photographs, size, with_shapes=has_shapes)

@@ -17,7 +17,7 @@ for option in "${options[@]}"; do [ "$option" != --smoke ] || smoke=(--smoke aot
 left() { echo $(($1 - $(date +%s))); }
 train() { python3 -m training --folder "$folder" --minutes "$(python3 -c "print($(left "$limit") / 60)")" "${options[@]}" "$@"; }
 steps() { python3 -c "print(max(500, int(($(left "$1") - $2) / $3)))"; } # END, seconds before the first step, seconds a step
-seconds() { [ "$1" = none ] && echo 0.0565 || echo 0.032; } # a step of a way
+seconds() { case $1 in none | aot*) echo 0.0565 ;; no_fusion) echo 0.045 ;; *) echo 0.033 ;; esac; } # a step of a way
 
 limit=$experts_end
 mkdir -p "$folder"

@@ -27,10 +27,12 @@ WAYS = {  # the fastest first, as far as is known
     "no_split": Way(inductor={"split_reductions": False}),
     "no_mix_order_split": Way(inductor={"triton.mix_order_reduction": False, "split_reductions": False}),
     "no_persistent": Way(inductor={"triton.persistent_reductions": False}),
+    "timed": Way(inductor={"deterministic": False}),  # timings choose kernels, so a resumed run can differ
     "no_fusion": Way(inductor={"max_fusion_size": 1}),
+    "none": Way(None),
+    # These two say which part of compilation is wrong; they are not faster than none.
     "aot_eager_decomp_partition": Way("aot_eager_decomp_partition"),  # Inductor's decompositions, eager kernels
     "aot_eager": Way("aot_eager"),  # only the partition into forward and backward
-    "none": Way(None),
 }
 
 
