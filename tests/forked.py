@@ -38,6 +38,8 @@ for name in (
 ):
     importlib.import_module(name)  # once, for all processes to come
 
+from torch._inductor.async_compile import AsyncCompile  # noqa: E402 - after the installation of the cache
+
 _RealPopen = subprocess.Popen
 _SIGNATURE = inspect.signature(_RealPopen._execute_child)
 _STREAMS = ("p2cread", "c2pwrite", "errwrite")  # the new process's stdin, stdout and stderr; -1 is the parent's own
@@ -60,6 +62,11 @@ class ForkedPopen(_RealPopen):  # type: ignore[type-arg]
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(asked[end] for end in ends))
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is not None:  # such as a test's timeout, which waiting would hide
+            self.kill()
+        super().__exit__(kind, *error)
 
     def _fork(self, asked: dict[str, Any]) -> int:
         """Returns the id of a fork that becomes the process that is asked for."""
@@ -107,6 +114,7 @@ def _prepare(asked: dict[str, Any]) -> None:
         os.environ.clear()
         os.environ.update(asked["env"])
     random.seed()
+    AsyncCompile.pool.cache_clear()  # threads do not outlive a fork
     inspect.stack = lambda context=1: []  # by which the launcher names its callers in a log: seconds, with many modules
     subprocess.Popen = ForkedPopen  # type: ignore[misc]
 

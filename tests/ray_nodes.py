@@ -7,6 +7,7 @@ JSON line, and ends the nodes when its stdin ends. Ray turns 127.0.0.1 into this
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -81,9 +82,12 @@ def nodes(*cores: int) -> Iterator[Nodes]:
 
 
 def main(cores: list[int]) -> None:
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path is short
+    os.environ["RAY_TMPDIR"] = folder  # the cluster's address would be written to /tmp/ray, which may be missing
+    (Path(folder) / "ray").mkdir()
+
     from ray.cluster_utils import Cluster
 
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path is short
     common = {"object_store_memory": 100_000_000, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cores[0], "temp_dir": folder, **common})
     try:

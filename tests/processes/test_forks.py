@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
+from torch._inductor.async_compile import AsyncCompile
 
 from tests.forked import ForkedPopen
 from tests.processes.test_launch import PACKAGE, gone
@@ -79,3 +81,20 @@ def test_the_exit_functions_of_a_forked_command_close_no_file_of_its_own() -> No
     )
     command = ForkedPopen([sys.executable, "-c", code + "[os.fstat(file) for file in files]"], stderr=subprocess.PIPE)
     assert command.wait(10) == 0
+
+
+def test_a_forked_command_compiles_with_threads_of_its_own() -> None:
+    """It waited without end for a compiler, because the threads of the process that forked it had not come along."""
+    AsyncCompile.pool().submit(int).result()
+    code = "from torch._inductor.async_compile import AsyncCompile; print(AsyncCompile.pool().submit(int).result(9))"
+    command = ForkedPopen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert command.communicate()[0] == "0\n"
+
+
+def test_a_command_whose_test_is_out_of_time_is_killed() -> None:
+    with (
+        pytest.raises(TimeoutError),
+        ForkedPopen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.PIPE) as command,
+    ):
+        raise TimeoutError
+    assert command.returncode == -signal.SIGKILL
