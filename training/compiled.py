@@ -1,7 +1,7 @@
 """Compares the ways of compiling the experts on this machine, and prints the name of the first way that is right.
 
     python3 -m training.compiled                      # those faster than none, four processes at a time; some 4 minutes
-    python3 -m training.compiled no_split aot_eager   # only these ways
+    python3 -m training.compiled timed no_fusion      # only these ways
     python3 -m training.compiled --smoke aot_eager    # toy sizes, on a CPU
 
 A line of JSON on stderr shows each way and each number of tokens in a batch. `differences` are the relative
@@ -30,7 +30,7 @@ from training.spec import SPEC
 from training.train_experts import KINDS, Clips, Kind, TinyModel, flow_loss, noised
 from training.ways import WAYS, compile_blocks
 
-_BATCHES = 6
+_BATCHES = 24  # of each kind; in one run, a way with wrong gradients was right in 24 batches, and wrong in a later one
 _COMPARED = (KINDS[0], KINDS[1], KINDS[3], KINDS[4])  # the others have the same numbers of tokens
 
 
