@@ -202,7 +202,12 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
     if sets is None:
         return False
     schedule = Schedule(
-        steps=options.expert_steps, muon_rate=0.02, weight_decay=0.05, deadline=options.deadline, ema=0.9995
+        steps=options.expert_steps,
+        muon_rate=0.02,
+        weight_decay=0.05,
+        deadline=options.deadline,
+        decay=1.0 if options.start else 0.5,
+        ema=0.9995,
     )
     batches = [kind.batch for kind in kinds]
     start = options.start and model_files.locate(str(options.start), "artifacts")
@@ -222,7 +227,8 @@ def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Names
     mix = Mix(options.photographs, options.device)
 
     def make(number: int, kind: Kind) -> dict[str, Tensor]:
-        return vars(train_experts.encode_clips(vae, mix, kind, 10_000_000 * (number + 1)))
+        first = 10_000_000 * (number + 1) + (2_000_000 if options.start else 0)  # other clips than at the start
+        return vars(train_experts.encode_clips(vae, mix, kind, first))
 
     names = [f"clips-{number}-{kind.clips}-{digest}.pt" for number, kind in enumerate(kinds)]
     sets = stored(names, kinds, make, options)

@@ -3,8 +3,8 @@
 A clip shows shapes over a pattern, a photograph under a moving camera, or shapes over a photograph, each with a share
 of its own. Photographs are the hardest for the VAE, and shapes for the experts, so the shares differ. The experts learn
 some motions last: shapes that spin or shrink, and cameras that zoom or turn. So at least a third of the clips of
-shapes, and at least half of the clips of photographs alone, show one of these. A clip depends only on its number, its
-format and the shares.
+shapes must spin and an eighth must shrink, and at least half of the clips of photographs alone zoom or turn. A clip
+depends only on its number, its format and the shares.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class Shares:
     shapes_over_photographs: float
 
 
-FOR_VAE, FOR_EXPERTS = Shares(0.5, 0.3), Shares(0.3, 0.2)
-_HARD, _HARD_CAMERAS = ("spin", "shrink"), ("zoom in", "zoom out", "turn right", "turn left")
+FOR_VAE, FOR_EXPERTS = Shares(0.5, 0.3), Shares(0.25, 0.2)
+# One of these sets is drawn for each clip, with these weights. A clip shows a motion of its set; an empty set has all.
+_OF_SHAPES = {("spin",): 8, ("shrink",): 3, (): 13}
+_OF_CAMERAS = {("zoom in", "zoom out", "turn right", "turn left"): 1, (): 1}
 _OTHER = 10**9  # farther than any two numbers of clips
 SMALL = formats(128, 17)
 LARGE = formats(256, 33)
@@ -61,17 +63,17 @@ class Mix:
 
     def scene(self, number: int, size: tuple[int, int]) -> Scene:
         rng = random.Random(f"mix/{number}")
-        kind, luck = rng.random(), rng.random()
+        kind = rng.random()
         has_shapes = kind >= self.shares.photographs
         has_photograph = kind < self.shares.photographs + self.shares.shapes_over_photographs
-        must_be_hard = luck < (1 / 3 if has_shapes else 1 / 2)
+        sets: dict[tuple[str, ...], int] = _OF_SHAPES if has_shapes else _OF_CAMERAS
+        (wanted,) = rng.choices(list(sets), list(sets.values()))
         while True:
             if has_photograph:
                 scene = draw_photo_scene(number, self.photographs, size, with_shapes=has_shapes)
             else:
                 scene = draw_scene(number)
-            is_hard = scene.motion in _HARD if has_shapes else scene.camera in _HARD_CAMERAS
-            if is_hard or not must_be_hard:
+            if not wanted or (scene.motion if has_shapes else scene.camera) in wanted:
                 return scene
             number += _OTHER
 

@@ -5,8 +5,9 @@
 #
 # Each OPTION goes to `python3 -m training`, such as `--start DIR` to train the experts of a model further. While the
 # clips are encoded, `training.compiled` looks for a way of compiling whose gradients are right. The learning rate decays
-# over the last half of the steps, so their number must be known before the first one. It comes from the seconds that a
-# step takes. If gradients are wrong nevertheless, the stage ends, and continues from its checkpoint uncompiled.
+# over the last half of the steps (with --start, over all of them), so their number must be known before the first one.
+# It comes from the seconds that a step takes. If gradients are wrong nevertheless, the stage ends, and continues from
+# its checkpoint uncompiled.
 # END equal to EXPERTS_END leaves the decoder as it is.
 set -u
 folder=$1 experts_end=$2 end=$3

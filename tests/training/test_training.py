@@ -285,13 +285,14 @@ def test_batches_take_the_formats_in_turn_and_show_each_kind_of_clip(mix: Mix) -
     assert len(seen) == 6  # each window, as it is and mirrored
     scenes = [mix.scene(number, (128, 128)) for number in range(200)]
     alone, over = kinds_of(scenes)
-    assert 40 < alone < 80 and 20 < over < 60  # of 200: three tenths and a fifth
+    assert 35 < alone < 70 and 20 < over < 60  # of 200: a quarter and a fifth
     of_vae = copy(mix)
     of_vae.shares = FOR_VAE
     alone, over = kinds_of([of_vae.scene(number, (128, 128)) for number in range(200)])
     assert 75 < alone < 125 and 40 < over < 80  # of 200: a half and three tenths
     motions = [scene.motion for scene in scenes if scene.subject is not None]
-    assert 0.28 < sum(motion in ("spin", "shrink") for motion in motions) / len(motions) < 0.5  # by chance 0.15
+    spin, shrink = (motions.count(name) / len(motions) for name in ("spin", "shrink"))
+    assert 0.28 < spin < 0.5 and 0.12 < shrink < 0.25  # by chance 0.07 and 0.08
     cameras = [str(scene.camera).split()[0] for scene in scenes if scene.subject is None]
     assert 0.6 < sum(name in ("zoom", "turn") for name in cameras) / len(cameras) < 0.85  # by chance 0.44
     assert [form.size for form in SMALL_CLIPS] == [(128, 128), (144, 96), (96, 144)]
