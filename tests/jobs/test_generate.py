@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Outcome
-from wanfast.commands import progress, report
+from wanfast.commands import report
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.engine import pipeline, pixels, prompt_embeds, session
 from wanfast.runtime.errors import ConfigError
@@ -490,32 +490,6 @@ def test_another_program_may_write_the_output_meanwhile(
     assert visible(workdir) == ["cat.png", "out.mp4"]
 
 
-def test_progress_reports_pace_and_time_left_however_slow_a_step(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter(range(0, 100_000, 40))
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
-    with progress.progress_bars(enabled=True) as on_progress:
-        on_progress(0, "loading the models", 0, 0)
-        for done in range(5):
-            on_progress(0, "low noise", done, 4)
-    shown = capsys.readouterr().err
-    assert "low noise, 40.00 s/step, 0:00 left" in shown and "4/4" in shown
-
-
-def test_the_pace_of_a_clip_is_its_own_and_the_time_left_is_that_of_all(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter(range(0, 100_000, 40))
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
-    with progress.progress_bars(enabled=True) as on_progress:
-        for clip in (1, 2):
-            for done in range(4):
-                on_progress(0, f"clip {clip} of 3, low noise", done, 4)
-    shown = capsys.readouterr().err
-    assert "clip 2 of 3, low noise, 40.00 s/step, 3:20 left" in shown  # a step of this clip, four of the next
-
-
 def test_a_gpu_that_is_not_there_is_said(wanfast: Wanfast) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -529,7 +503,8 @@ def test_a_pipe_gets_one_line(wanfast: Wanfast) -> None:
     assert outcome.out.startswith("out.mp4: 64x48, 5 frames, seed 1, ")
 
 
-def test_a_terminal_gets_plan_progress_and_summary(workdir: Path) -> None:
+def on_a_terminal(workdir: Path, *, stdout_too: bool) -> tuple[str, str]:
+    """Makes a video in `workdir` with stderr on a terminal; returns what the terminal shows, and what a pipe gets."""
     controller, terminal = pty.openpty()
     environment = os.environ | {
         "PYTHONPATH": str(Path(generate.__file__).parents[3]),
@@ -537,7 +512,11 @@ def test_a_terminal_gets_plan_progress_and_summary(workdir: Path) -> None:
         "COLUMNS": "120",
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "wanfast", *GOOD], stdout=terminal, stderr=terminal, cwd=workdir, env=environment
+        [sys.executable, "-m", "wanfast", *GOOD],
+        stdout=terminal if stdout_too else subprocess.PIPE,
+        stderr=terminal,
+        cwd=workdir,
+        env=environment,
     )
     os.close(terminal)
     shown = b""
@@ -550,7 +529,18 @@ def test_a_terminal_gets_plan_progress_and_summary(workdir: Path) -> None:
             break
         shown += chunk
     os.close(controller)
-    assert process.wait() == 0, shown.decode()
-    text = shown.decode()
-    for words in ("plan", "2 high noise + 2 low noise", "4/4", "s/step", "low noise", "done", "peak memory", "decode"):
+    out = process.communicate()[0]
+    assert process.returncode == 0, shown.decode()
+    return shown.decode(), (out or b"").decode()
+
+
+def test_a_terminal_gets_plan_progress_and_summary(workdir: Path) -> None:
+    text, _ = on_a_terminal(workdir, stdout_too=True)
+    for words in ("plan", "2 high noise + 2 low noise", "4/4", "s/step", "done", "peak memory", "decode"):
         assert words in text, text
+
+
+def test_bars_on_a_terminal_leave_stdout_to_its_pipe(workdir: Path) -> None:
+    text, out = on_a_terminal(workdir, stdout_too=False)
+    assert "4/4" in text and "done" in text and "out.mp4" not in text
+    assert out.startswith("out.mp4: 64x48, 5 frames, seed 1, ") and len(out.splitlines()) == 1

@@ -128,11 +128,11 @@ def test_several_prompts_leave_out_the_last_image_of_the_run_of_from(
 def test_the_progress_is_told_clip_by_clip(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the names of the stages, the share of the whole video follows."""
     told: list[tuple[str, int, int]] = []
-    bars = nullcontext(lambda job, *state: told.append(state))
-    monkeypatch.setattr(dispatch, "progress_bars", lambda enabled: bars)
+    shown = lambda names, on_result: nullcontext((lambda job, *state: told.append(state), on_result))  # noqa: E731
+    monkeypatch.setattr(dispatch, "job_progress", shown)
     assert wanfast(*TWO).exit_code == 0
     stages = list(dict.fromkeys(stage for stage, _, _ in told))
-    of_a_clip = ["encoding the image", "high noise", "low noise"]
+    of_a_clip = ["encoding the image", "high noise", "low noise", "decoding"]
     assert stages == [LOADING, *(f"clip {clip} of 2, {stage}" for clip in (1, 2) for stage in of_a_clip)]
     shares = [share_done(*state) for state in told]
     assert shares == sorted(shares) and {0, 0.25, 0.5, 0.75, 1} == set(shares)

@@ -84,7 +84,7 @@ def calibrate_attention(
         if fp8:
             require_fp8(plans[0].config.ranks.device, "--fp8")
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
-    result = calibrated(given, plans, clips, files, target_error, fp8=fp8, show_progress=console.is_terminal)
+    result = calibrated(given, plans, clips, files, target_error, fp8=fp8)
     console.print(describe(result), markup=False)
     if json_:
         print(json.dumps(result))
@@ -98,7 +98,6 @@ def calibrated(
     target_error: float,
     *,
     fp8: bool,
-    show_progress: bool,
 ) -> dict[str, Any]:
     """Returns a JSON document with the plan of attention for the calibration set. Raises WanFastError.
 
@@ -120,7 +119,6 @@ def calibrated(
             plans,
             store,
             partial(is_whole, shape=shape, fp8=fp8),
-            show_progress=show_progress,
         )
         text = json.dumps({"clips": len(clips), "bands": bands, **chosen(measured, target_error, fp8=fp8)})
         published = store.publish(

@@ -57,7 +57,7 @@ def calibrate_magcache(
         plans = planned(given, clips, files)
         require_experts(files, plans[0].config.models)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
-    result = calibrated(given, plans, clips, files, show_progress=console.is_terminal)
+    result = calibrated(given, plans, clips, files)
     console.print(describe(result), markup=False)
     if json_:
         print(json.dumps(result))
@@ -72,9 +72,7 @@ def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list
     return plans_of(given, clips, files, requested=given, residuals_a_branch=2)
 
 
-def calibrated(
-    given: dict[str, Any], plans: list[Plan], clips: list[Clip], files: ModelFiles, *, show_progress: bool
-) -> dict[str, Any]:
+def calibrated(given: dict[str, Any], plans: list[Plan], clips: list[Clip], files: ModelFiles) -> dict[str, Any]:
     """Returns a JSON document: the curve of the calibration set, and how the preset differs from this curve.
 
     The preset is the curve that ships for this model. If the set's curve is missing, it is measured first. Raises
@@ -88,9 +86,7 @@ def calibrated(
             curve_inputs(plan.config, files, digest_of([clip])) for plan, clip in zip(plans, clips, strict=True)
         ]
         is_measured = partial(is_whole, num_steps=len(plans[0].schedule))
-        measured = measured_clips(
-            "calibrate-magcache", KIND, of_clips, plans, store, is_measured, show_progress=show_progress
-        )
+        measured = measured_clips("calibrate-magcache", KIND, of_clips, plans, store, is_measured)
         averages = averaged(measured)
         published = store.publish(
             KIND,

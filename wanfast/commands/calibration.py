@@ -39,8 +39,6 @@ def measured_clips(
     plans: list[Plan],
     store: ArtifactStore,
     is_whole: Callable[[dict[str, Any]], bool],
-    *,
-    show_progress: bool,
 ) -> list[dict[str, Any]]:
     """Returns the measurements of every clip. Clips that an earlier run measured are not measured again.
 
@@ -67,7 +65,6 @@ def measured_clips(
             [plans[index].job() for index in missing],
             [plans[index] for index in missing],
             of_list=len(inputs) > 1,
-            show_progress=show_progress,
             on_result=keep,
         )
         if failed := next((result for result in results if "error" in result), None):

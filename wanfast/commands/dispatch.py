@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from wanfast.commands.progress import progress_bars
+from wanfast.commands.progress import job_progress
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.job import Job
@@ -37,7 +37,6 @@ def run_jobs(
     plans: list[Plan],
     *,
     of_list: bool,
-    show_progress: bool,
     on_result: ResultFn,
     ray: str | None = None,
 ) -> list[Document]:
@@ -55,7 +54,7 @@ def run_jobs(
     documents = [job.to_json() for job in jobs]
     folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": verb, "jobs": documents})
     document = {"verb": verb, "worker": _WORKERS[verb], "first": 0, "jobs": documents}
-    with progress_bars(enabled=show_progress) as on_progress:
+    with job_progress(_names(plans), on_result) as (on_progress, on_result):
         if ray is not None:
             _write_job(folder, document)
             with cluster.connected(ray) as module:
@@ -80,6 +79,11 @@ def run_jobs(
     with noting():
         write_synced(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
+
+
+def _names(plans: list[Plan]) -> list[str]:
+    """Returns a name for the job of each plan: the name of the video's file, or the number of the clip."""
+    return [plan.outputs[0].name if plan.outputs else f"clip {number}" for number, plan in enumerate(plans, 1)]
 
 
 def _write_job(folder: Path, document: Document) -> None:

@@ -97,7 +97,6 @@ def run(planned: list[Planned], report: Report, ray: str | None) -> list[dict[st
                 [item.job() for item in ready],
                 [item.plan for item in ready if item.plan],
                 of_list=ready[0].request.line is not None,
-                show_progress=not report.brief,
                 on_result=on_result,
                 ray=ray,
             )

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from wanfast.commands import options
-from wanfast.commands.progress import byte_bars
+from wanfast.commands.progress import byte_progress
 from wanfast.runtime.config import OPTIONS, QuantizeConfig
 from wanfast.runtime.config.option import GPUS, LOSSY, MAKE
 from wanfast.runtime.errors import ConfigError
@@ -71,7 +71,7 @@ def quantize(
         device=device,
         artifacts_dir=artifacts_dir,
     )
-    with byte_bars() as progress:
+    with byte_progress() as progress:
         results = worker.run(config, progress, say=lambda line: print(line, file=sys.stderr))
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     for line in worker.describe(results):

@@ -31,8 +31,8 @@ class Report:
     If `as_json` is true, the last line of stdout is one JSON document. Notes always go to stderr. If a line of a list
     fails, the line's error goes to stderr too.
 
-    `brief` is true if stdout is not a terminal. Then each result is one line, and the command shows no progress bars.
-    Plans are not printed then, except by `plans(..., always=True)`.
+    `brief` is true if stdout is not a terminal. Then each result is one line, and plans are not printed, except by
+    `plans(..., always=True)`.
     """
 
     def __init__(self, *, as_json: bool) -> None:

@@ -44,9 +44,7 @@ def warmup(
     plan, image_size = planned(given)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     job = dataclasses.replace(plan.job(), image_size=image_size)
-    (result,) = dispatch.run_jobs(
-        "warmup", [job], [plan], of_list=False, show_progress=console.is_terminal, on_result=lambda index, result: None
-    )
+    (result,) = dispatch.run_jobs("warmup", [job], [plan], of_list=False, on_result=lambda index, result: None)
     if "error" in result:
         raise from_failure(result)
     console.print(describe(result), markup=False)

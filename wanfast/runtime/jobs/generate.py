@@ -117,7 +117,9 @@ def _make_clip(
     steps = job.config.video.num_steps
     report(_FIRST_STAGE[len(job.config.video.images)], 0, steps)
     start = joined.begin_clip()
-    made = session.make(job, by_step(report, steps), on_frames=joined.add, start=start, sources=sources)
+    made = session.make(
+        job, by_step(report, steps, then="decoding"), on_frames=joined.add, start=start, sources=sources
+    )
     return dataclasses.replace(made, frames=None)  # they are written already
 
 

@@ -85,9 +85,12 @@ def measuring(measure: WorkFn[Result]) -> Callable[..., Iterator[tuple[int, Resu
     return run
 
 
-def by_step(progress: StageFn, steps: int) -> Callable[[int, Expert], None]:
-    """Returns a function that reports each step of denoising, with the name of the step's expert as the stage."""
-    return lambda done, expert: progress(expert.replace("_", " "), done, steps)
+def by_step(progress: StageFn, steps: int, *, then: str = "") -> Callable[[int, Expert], None]:
+    """Returns a function that reports each step of denoising, with the name of the step's expert as the stage.
+
+    `then`: the stage that follows the last step, if there is one.
+    """
+    return lambda done, expert: progress(then if then and done == steps else expert.replace("_", " "), done, steps)
 
 
 def _run_alike(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from wanfast.runtime.config import RanksConfig, VideoConfig, parse_size
 from wanfast.runtime.facts.choices import ImageFit
+from wanfast.runtime.facts.flop import forward_flop
 from wanfast.runtime.facts.model_spec import ModelSpec
-from wanfast.runtime.facts.shapes import Geometry, inner_size, middle_box
+from wanfast.runtime.facts.shapes import Geometry, geometry_of, inner_size, middle_box
 from wanfast.runtime.facts.sparsity import BLOCK
 from wanfast.runtime.machine import host
 from wanfast.runtime.machine.once import remembered
@@ -23,6 +24,9 @@ from wanfast.runtime.store.expert_files import expert_notes
 from wanfast.runtime.store.loras import lora_notes
 from wanfast.runtime.store.model_files import ModelFiles
 
+# The tiny model's forwards, on one core with AVX-512, computed 65e9 to 80e9 FLOP/s; slow cores compute less.
+_FLOP_S_OF_A_CORE = 100e9
+_UNITS = {"days": 86400, "hours": 3600, "minutes": 60}  # the seconds in each
 _MOST_STRETCH = 0.05  # of a last image, without a note: a size in multiples of 16 pixels stretches a little
 
 
@@ -36,7 +40,7 @@ def notes_of(plan: Plan, files: ModelFiles, image: ImageFacts, last: ImageFacts)
         *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, last), *_prompt_notes(plan, files),
         *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
         *_sparsity_notes(plan), *_clip_notes(config.video), *_extension_notes(config.video, config.ranks),
-        *_output_notes(plan), *_thread_notes(config.ranks, spec),
+        *_output_notes(plan), *_cpu_notes(plan), *_thread_notes(config.ranks, spec),
         *([spec.weights_note] if spec.weights_note else []),
     )  # fmt: skip
 
@@ -157,6 +161,32 @@ def _output_notes(plan: Plan) -> list[str]:
     """Returns a note if a run of the plan would be refused because a file exists."""
     existing = [] if plan.config.output.overwrite else [path for path in plan.outputs if os.path.lexists(path)]
     return [f"a run would be refused, because {path} exists: add --overwrite" for path in existing[:1]]
+
+
+def _cpu_notes(plan: Plan) -> list[str]:
+    """Returns a note if denoising takes a CPU two minutes or more, as computed from its FLOP.
+
+    The FLOP are those of all forwards with exact attention. A size under the model's own is not advised.
+    """
+    spec, video, ranks = plan.spec, plan.config.video, plan.config.ranks
+    cores = ranks.num_gpus * host.own_threads(spec.dit.dim, ranks.num_gpus)
+
+    def duration(tokens: int) -> str | None:
+        flop = len(video.prompts) * plan.num_forwards * forward_flop(spec.dit, tokens)
+        seconds = flop / (_FLOP_S_OF_A_CORE * cores)
+        return next((f"{seconds / unit:.0f} {name}" for name, unit in _UNITS.items() if seconds >= 2 * unit), None)
+
+    tokens = plan.geometry.tokens
+    if ranks.device != "cpu" or (takes := duration(tokens)) is None:
+        return []
+    takes = f"this video takes a CPU about {takes} of denoising, at {_FLOP_S_OF_A_CORE / 1e9:.0f} GFLOP/s a core"
+    own = geometry_of(spec, "crop", parse_size(spec.size), spec.frames, (0, 0)).tokens
+    if duration(own) is not None:  # the model itself is too large
+        return [f"{takes}: use a GPU"]
+    return [
+        f"{takes}: it has {tokens / own:.1f} times the tokens of the model's own size; use --size {spec.size} and "
+        f"--frames {spec.frames}, or a GPU"
+    ]
 
 
 def _thread_notes(ranks: RanksConfig, spec: ModelSpec) -> list[str]:
