@@ -22,7 +22,7 @@ from typing import Any
 from page_block import declaration, with_block
 from projection import RESULTS, ROOT, Fitted, fitted
 
-from wanfast.bench.projection import NOT_CHECKED, mesh_of, on_more_gpus, tokens_of
+from wanfast.bench.projection import mesh_of, on_more_gpus, tokens_of
 from wanfast.bench.published import PUBLISHED_S
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.facts.choices import RecipeName
@@ -171,8 +171,8 @@ def _missing(rows: dict[str, dict[str, Any]], count: str, gpu: str) -> list[str]
         if why := row["on"][count]["why"]:
             missing.setdefault(why, []).append(f"`{recipe}`")
     if len(missing.get(NOT_YET, ())) == len(rows):
-        nothing = f"Nothing was measured on {count} {gpu} yet"
-        return [f"{nothing}, so that nothing is projected." if count == str(PROJECTED) else f"{nothing}."]
+        needed = ", and the projected seconds are computed from such measurements" if count == str(PROJECTED) else ""
+        return [f"Nothing was measured on {count} {gpu} yet{needed}."]
     return [f"On {count} {gpu}, {', '.join(names)}: {why}." for why, names in missing.items()]
 
 
@@ -186,7 +186,10 @@ def _known(projection: dict[str, Any], figures: dict[str, str]) -> str:
             figures.setdefault(figure, f"{'0 - ' if error < 0 else ''}projection/{name} * 100")
             side = "below" if error < 0 else "above"
             said.append(f"{figure} {side} what was measured on {number} {projection['gpu']}")
-    return f"The [projection](docs/projection.md) is {' and '.join(said) or NOT_CHECKED}."
+    page = "[projection](docs/projection.md)"
+    if not said:
+        return f"No measurement on 4 or 8 GPUs has checked the {page} yet."
+    return f"The {page} is {' and '.join(said)}."
 
 
 if __name__ == "__main__":

@@ -131,7 +131,9 @@ def test_float8_needs_its_package_on_a_gpu(
 ) -> None:
     key = wanfast(*CALIBRATE, "--fp8").document["key"]
     machine(1, 84)
-    words = "heads in float8 need fa3-fwd, which is not installed: run `pip install fa3-fwd`, or use a plan without"
+    words = (
+        "heads in float8 need fa3-fwd, which is not installed: run `pip install 'wanfast[fa3]'`, or use a plan without"
+    )
     installed = packages.find_spec
     monkeypatch.setattr(packages, "find_spec", lambda name: name == "flash_attn" or installed(name))
     run = wanfast(*PLANNED, "--device", "cuda")

@@ -181,8 +181,8 @@ def test_auto_never_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_shows_lossy_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_kernels, "is_importable", lambda module: False)
     found = attention_probe.probe_all("cuda")
-    for name, package in (("sparse", "flash-attn-4"), ("fa3-fp8", "fa3-fwd")):
-        assert (found[name].state, found[name].reason) == ("not installed", f"pip install {package}")
+    for name, extra in (("sparse", "fa4"), ("fa3-fp8", "fa3")):
+        assert (found[name].state, found[name].reason) == ("not installed", f"pip install 'wanfast[{extra}]'")
         assert attention_probe.probe(name, "cpu").state == "runs"
     assert not {"sparse", "fa3-fp8"} & attention_probe.probe_all("cpu").keys()
 

@@ -40,7 +40,7 @@ def test_a_package_may_have_only_a_lossy_kernel(monkeypatch: pytest.MonkeyPatch)
     probed = attention_probe._LOSSY["fa3-fp8"]
     monkeypatch.setattr(attention_probe, "LOSSY_ATTENTION", (*LOSSY_ATTENTION, NEW))
     monkeypatch.setitem(attention_probe._LOSSY, NEW, probed)
-    monkeypatch.setitem(attention_probe.ATTENTION_PACKAGES, NEW, ("new-package", ("new_package.interface",)))
+    monkeypatch.setitem(attention_probe.ATTENTION_PACKAGES, NEW, ("new-package", ("new_package.interface",), "new"))
     assert attention_probe.probe(NEW, "cpu", torch.float32).state == "runs"  # a CPU computes the emulation
     found = attention_probe.probe(NEW, "cuda")
-    assert (found.state, found.reason) == ("not installed", "pip install new-package")
+    assert (found.state, found.reason) == ("not installed", "pip install 'wanfast[new]'")

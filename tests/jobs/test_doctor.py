@@ -246,7 +246,7 @@ def test_torchao_is_reported(
         monkeypatch.setattr(quantized, "torchao_version", lambda found=found: found)
         assert said in wanfast("doctor", "--quantize", "int8-dynamic").out
     step = examine(wanfast, "--quantize", "int8-dynamic")["next"]
-    assert step["command"].startswith("pip install 'torchao") and "which needs torchao" in step["why"]
+    assert step["command"] == "pip install 'wanfast[quantize]'" and "which needs torchao" in step["why"]
 
 
 def test_without_a_gpu_the_tiny_model_is_next_and_its_command_runs(wanfast: Wanfast, machine: Machine) -> None:
@@ -485,7 +485,7 @@ def test_packages_that_share_a_folder_are_distinguished(tmp_path: Path, monkeypa
     (tmp_path / "flash_attn/cute/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     found = attention_probe.probe_all("cpu")
-    assert (found["fa2"].state, found["fa2"].reason) == ("not installed", "pip install flash-attn")
+    assert (found["fa2"].state, found["fa2"].reason) == ("not installed", "pip install 'wanfast[fa2]'")
     assert found["fa4"].state == "fails"
     assert found["fa3"].state == "not installed"
     assert found["math"].state == "runs" and "cudnn" not in found

@@ -93,7 +93,7 @@ def test_a_gpu_needs_the_package(wanfast: Wanfast, workdir: Path, machine: Machi
     machine(1, 84)
     outcome = wanfast(*FP8, "--device", "cuda")
     assert outcome.exit_code == 2
-    assert "--attention fa3-fp8: fa3-fwd is not installed: run `pip install fa3-fwd`" in outcome.err
+    assert "--attention fa3-fp8: fa3-fwd is not installed: run `pip install 'wanfast[fa3]'`" in outcome.err
 
 
 @pytest.mark.parametrize("command", ["bench", "calibrate-magcache"])

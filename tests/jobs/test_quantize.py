@@ -183,7 +183,7 @@ def test_another_torchao_is_named(wanfast: Wanfast, workdir: Path, kept: Path, m
     assert wanfast(*GENERATE).exit_code == 0  # what is kept runs without torchao
     for arguments in (("quantize", *TINY, *SCHEME), (*GENERATE, "--quantize-on-the-fly", "--output", "fly.mp4")):
         outcome = wanfast(*arguments)
-        assert outcome.exit_code == 2 and "pip install 'torchao" in outcome.err
+        assert outcome.exit_code == 2 and "pip install 'wanfast[quantize]'" in outcome.err
 
 
 def test_a_full_disk_leaves_nothing(wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,8 @@ def test_what_cannot_be_is_refused(wanfast: Wanfast, options: tuple[str, ...], w
 def test_a_gpu_needs_the_kernel_s_package(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
     machine(1, 84)
     asked = (*SPARSE, "--device", "cuda")
-    words = "--attention sparse: flash-attn-4 is not installed: run `pip install flash-attn-4`, or use --attention auto"
+    fix = "run `pip install 'wanfast[fa4]'`, or use --attention auto"
+    words = f"--attention sparse: flash-attn-4 is not installed: {fix}"
     outcome = wanfast(*asked)
     assert outcome.exit_code == 2 and words in outcome.err
     planned = wanfast(*asked, "--dry-run")

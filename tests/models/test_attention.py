@@ -277,9 +277,9 @@ def test_what_ran_is_recorded_and_runs_again(wanfast: Wanfast, workdir: Path) ->
 @pytest.mark.parametrize(
     ("kernel", "device", "words"),
     [
-        ("fa3", "cuda", "--attention fa3: fa3-fwd is not installed: run `pip install fa3-fwd`"),
-        ("fa2", "cuda", "--attention fa2: flash-attn is not installed: run `pip install flash-attn`"),
-        ("fa4", "cuda", "--attention fa4: flash-attn-4 is not installed: run `pip install flash-attn-4`"),
+        ("fa3", "cuda", "--attention fa3: fa3-fwd is not installed: run `pip install 'wanfast[fa3]'`"),
+        ("fa2", "cuda", "--attention fa2: flash-attn is not installed: run `pip install 'wanfast[fa2]'`"),
+        ("fa4", "cuda", "--attention fa4: flash-attn-4 is not installed: run `pip install 'wanfast[fa4]'`"),
         ("fa3", "cpu", "--attention fa3 needs a GPU: use --attention auto"),
         ("cudnn", "cpu", "--attention cudnn needs a GPU: use --attention auto"),
     ],

@@ -24,6 +24,7 @@ from wanfast.runtime.errors import ConfigError, JobsFailedError
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine.launchers import refuse_launchers
 from wanfast.runtime.machine.once import asked_once
+from wanfast.runtime.machine.packages import install
 from wanfast.runtime.planning.completed import model_of
 from wanfast.runtime.store.artifacts import writing_to
 
@@ -87,7 +88,7 @@ def bench(
             raise ConfigError(f"{option} {value}: use 1 or more")
     for package in ("matplotlib", "jinja2"):
         if find_spec(package) is None:
-            raise ConfigError(f"the report needs {package}: run `pip install 'wanfast[bench]'`")
+            raise ConfigError(f"the report needs {package}: run `{install('bench')}`")
     refuse_launchers("this command", "type `wanfast bench`", "--num-gpus ")
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
 

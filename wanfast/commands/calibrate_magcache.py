@@ -48,7 +48,7 @@ def calibrate_magcache(
             f"--steps {given['steps']}: the curve compares each step with the step before: use --steps 2 or more"
         )
     if find_spec("matplotlib") is None:
-        raise ConfigError("the plot of the curve needs matplotlib: run `pip install matplotlib`")
+        raise ConfigError(f"the plot of the curve needs matplotlib: run `{packages.install('plots')}`")
     with asked_once():
         files = model_of({**NO_VIDEO, **given})  # before the clips are read
         files.require()

@@ -12,6 +12,7 @@ from wanfast.commands import options
 from wanfast.runtime.config import default_artifacts_dir
 from wanfast.runtime.config.option import FILES, SERVER, absolute
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.machine.packages import install
 from wanfast.runtime.processes.handle import OF_ALL_VIDEOS, OF_HANDLE, Opened
 
 
@@ -100,7 +101,7 @@ def serve(
     """
     for package in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client", "python_multipart"):
         if find_spec(package) is None:
-            raise ConfigError(f"the server needs {package}: run `pip install 'wanfast[serve]'`")
+            raise ConfigError(f"the server needs {package}: run `{install('serve')}`")
     from wanfast.server.replicas import serve_on
     from wanfast.server.serve import ServerSettings
     from wanfast.server.serve import serve as run

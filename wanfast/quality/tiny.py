@@ -46,7 +46,7 @@ from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.loading import load_models
 from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.facts.choices import Branch, Scheme
-from wanfast.runtime.machine.packages import commit, versions
+from wanfast.runtime.machine.packages import commit, install, versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.magcache import StepCache
@@ -467,7 +467,7 @@ def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     Ends the process with an error if --photographs is given, but OpenCV is missing.
     """
     if options.photographs and find_spec("cv2") is None:
-        parser.error("--photographs needs OpenCV: pip install 'wanfast[quality]', or omit --photographs")
+        parser.error(f"--photographs needs OpenCV: {install('quality')}, or omit --photographs")
     spec = model_files.locate(options.model, "artifacts").spec
     return Settings(
         options.model,
@@ -488,7 +488,7 @@ def require_plotting(parser: argparse.ArgumentParser, output: Path | None) -> No
     If `output` is None, no plot is drawn, and matplotlib is not needed.
     """
     if output is not None and find_spec("matplotlib") is None:
-        parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
+        parser.error(f"--output draws a plot, which needs matplotlib: {install('plots')}, or omit --output")
 
 
 def write(document: dict[str, Any], output: Path) -> None:

@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.machine.packages import install
 
 METADATA = MetaData()
 JOBS = Table(
@@ -95,8 +96,7 @@ def open_database(url: str) -> Engine:
     except (ArgumentError, NoSuchModuleError):
         raise ConfigError("--database is not postgresql://USER@HOST/NAME: fix the URL") from None
     except ImportError as error:
-        fix = "run `pip install 'wanfast[serve-postgres]'`"
-        raise ConfigError(f"--database needs the package {error.name}: {fix}") from None
+        raise ConfigError(f"--database needs the package {error.name}: run `{install('serve-postgres')}`") from None
     if is_sqlite:
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)

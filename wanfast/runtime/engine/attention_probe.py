@@ -24,7 +24,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import LOSSY_ATTENTION, Attention, Precision
 from wanfast.runtime.facts.sparsity import BLOCK
-from wanfast.runtime.machine.packages import ATTENTION_ON_CPU, ATTENTION_PACKAGES, require_attention
+from wanfast.runtime.machine.packages import ATTENTION_ON_CPU, ATTENTION_PACKAGES, install, require_attention
 from wanfast.runtime.models.attention_fp8 import Fp8Heads, fp8_attention, scale_of
 from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn, Kernel
 from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attention
@@ -175,7 +175,7 @@ def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim:
     probed = lossy or _Probed(kernel.run, _formula, BOUNDS[dtype])
     try:
         if not kernel.is_installed and not is_emulated:
-            return Finding("not installed", reason=f"pip install {kernel.package}")
+            return Finding("not installed", reason=install(kernel.extra))
         errors = [_relative_error(probed, *_problem(*lengths, dtype, head_dim, device)) for lengths in _LENGTHS]
     except _FAILURES as error:
         return Finding("fails", reason=(str(error).strip().splitlines() or [type(error).__name__])[0])

@@ -68,7 +68,7 @@ def run(
     files = model_files.locate_for(config)
     torchao = require_torchao(f"--scheme {config.scheme}") if in_8_bits(config.scheme) else None
     if find_spec("matplotlib") is None:
-        raise ConfigError("the plot of quantization errors needs matplotlib: run `pip install matplotlib`")
+        raise ConfigError(f"the plot of quantization errors needs matplotlib: run `{packages.install('plots')}`")
     if not files.exists:
         files.require()
     device = config.device or default_device()

@@ -15,13 +15,13 @@ from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts.choices import LOSSY_ATTENTION
 from wanfast.version import __version__
 
-# The packages of attention kernels: pip's name, and the modules, any one of which has the kernel.
-ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "fa3": ("fa3-fwd", ("fa3_fwd_interface", "flash_attn_interface")),
-    "fa4": ("flash-attn-4", ("flash_attn.cute",)),
-    "fa2": ("flash-attn", ("flash_attn.flash_attn_interface",)),
-    "sparse": ("flash-attn-4", ("flash_attn.cute",)),
-    "fa3-fp8": ("fa3-fwd", ("fa3_fwd_interface", "flash_attn_interface")),
+# The packages of attention kernels: the package, the modules, any one of which has the kernel, and our extra.
+ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "fa3": ("fa3-fwd", ("fa3_fwd_interface", "flash_attn_interface"), "fa3"),
+    "fa4": ("flash-attn-4", ("flash_attn.cute",), "fa4"),
+    "fa2": ("flash-attn", ("flash_attn.flash_attn_interface",), "fa2"),
+    "sparse": ("flash-attn-4", ("flash_attn.cute",), "fa4"),
+    "fa3-fp8": ("fa3-fwd", ("fa3_fwd_interface", "flash_attn_interface"), "fa3"),
 }
 _ROOT = Path(__file__).parents[3]
 ATTENTION_ON_CPU = ("flash", "math", *LOSSY_ATTENTION)  # the kernels that a CPU has, or computes in plain PyTorch
@@ -38,6 +38,11 @@ _OPTIONAL = (
 )  # listed only if they are installed
 
 
+def install(extra: str) -> str:
+    """Returns the command that installs an extra of wanfast, such as "fa3", beside the wanfast that is installed."""
+    return f"pip install 'wanfast[{extra}]'"
+
+
 def require_attention(kernel: str, device: str) -> None:
     """Raises an error if the attention kernel `kernel` cannot run on `device`, which is "cpu" or "cuda".
 
@@ -47,9 +52,9 @@ def require_attention(kernel: str, device: str) -> None:
     if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):
         raise NeedsGpuError(f"--attention {kernel} needs a GPU: use --attention auto, or --device cuda")
     if device != "cpu" and kernel in ATTENTION_PACKAGES:
-        package, modules = ATTENTION_PACKAGES[kernel]
+        package, modules, extra = ATTENTION_PACKAGES[kernel]
         if not any(find_spec(module.partition(".")[0]) for module in modules):
-            fix = f"run `pip install {package}`, or use --attention auto"
+            fix = f"run `{install(extra)}`, or use --attention auto"
             raise ConfigError(f"--attention {kernel}: {package} is not installed: {fix}")
 
 
@@ -62,9 +67,9 @@ def require_fp8(device: str, option: str) -> None:
     try:
         require_attention("fa3-fp8", device)
     except ConfigError:
-        package, _ = ATTENTION_PACKAGES["fa3-fp8"]
+        package, _, extra = ATTENTION_PACKAGES["fa3-fp8"]
         raise ConfigError(
-            f"{option}: heads in float8 need {package}, which is not installed: run `pip install {package}`, or use a "
+            f"{option}: heads in float8 need {package}, which is not installed: run `{install(extra)}`, or use a "
             "plan without float8"
         ) from None
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from wanfast.runtime.errors import ConfigError, foreign
 from wanfast.runtime.facts.shapes import MAX_ASPECT
+from wanfast.runtime.machine.packages import install
 from wanfast.runtime.media.colours import to_rgb
 
 if TYPE_CHECKING:
@@ -107,9 +108,7 @@ def _opened(data: bytes, subject: str) -> ImageFile:
         if not isinstance(error.__cause__, UnidentifiedImageError):
             raise
         if not reads_heic and data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
-            raise ConfigError(
-                f"{subject}: is a HEIC image; run `pip install 'wanfast[heic]'`, or save it as JPEG"
-            ) from error
+            raise ConfigError(f"{subject}: is a HEIC image; run `{install('heic')}`, or save it as JPEG") from error
         raise ConfigError(f"{subject}: is not an image that Pillow can read; convert it to PNG or JPEG") from error
 
 

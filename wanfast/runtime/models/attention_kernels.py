@@ -26,8 +26,9 @@ class Kernel:
     """Describes an attention kernel and the package that holds it; torch's own kernels have no package."""
 
     run: AttentionFn
-    package: str | None = None  # the package's name for pip
+    package: str | None = None
     modules: tuple[str, ...] = ()  # any one of them holds the kernel
+    extra: str = ""  # the extra of wanfast that installs the package
 
     @property
     def is_installed(self) -> bool:

@@ -27,6 +27,7 @@ from typing import IO, Any
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure, foreign, from_failure
 from wanfast.runtime.machine.host import THREADS
+from wanfast.runtime.machine.packages import install
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.progress import ProgressFn, ResultFn
@@ -54,7 +55,7 @@ def connected(address: str) -> Iterator[Any]:
     cannot be reached.
     """
     if find_spec("ray") is None:
-        raise ConfigError("--ray needs the package ray: run `pip install 'wanfast[ray]'`")
+        raise ConfigError(f"--ray needs the package ray: run `{install('ray')}`")
     _reach(address)
     import ray
 

@@ -35,12 +35,12 @@ from wanfast.runtime.config.option import flag
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import EXPERTS, Expert, Layout, Scheme, in_8_bits
 from wanfast.runtime.machine.once import remembered
+from wanfast.runtime.machine.packages import install
 from wanfast.runtime.store.identity import digest_of
 from wanfast.runtime.store.loras import Lora, expert_in, find_loras
 from wanfast.runtime.store.shards import shards_in
 
 SUFFIXES = (".safetensors", ".gguf")
-GGUF_FIX = "pip install 'wanfast[gguf]'"
 _AGAIN = "download or make this file again"
 _PREFIX = re.compile(r"^(?:model\.)?diffusion_model\.")
 _SCALES = (".weight_scale", ".scale_weight")
@@ -257,7 +257,7 @@ def _read_safetensors(file: Path, subject: str, marks: dict[str, Any]) -> Iterat
 def _read_gguf(file: Path, subject: str, marks: dict[str, Any]) -> Iterator[Stored]:
     """Yields the tensors of a GGUF file, whose dimensions stand in the file from the last to the first."""
     if find_spec("gguf") is None:
-        raise ConfigError(f"{subject}: reading GGUF needs the package gguf: run `{GGUF_FIX}`")
+        raise ConfigError(f"{subject}: reading GGUF needs the package gguf: run `{install('gguf')}`")
     from gguf import GGUFReader
 
     with foreign(subject, f"it is damaged, or is not a GGUF file: {_AGAIN}", CorruptArtifactError):

@@ -18,7 +18,7 @@ from typing import Any
 from wanfast.runtime.config import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.facts.choices import EXPERTS, Device, Expert, Scheme, in_8_bits
-from wanfast.runtime.machine.packages import version_of
+from wanfast.runtime.machine.packages import install, version_of
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.identity import is_old
@@ -30,7 +30,7 @@ KIND = "quantized"
 LAYOUT_VERSION = 1
 _RELEASE = re.compile(r"(\d+)\.(\d+)\.(\d+)(.*)")
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-TORCHAO_FIX = "pip install 'torchao>=0.18,<0.19'"
+TORCHAO_FIX = install("quantize")
 
 # Only the linears of each block are quantized: they have nearly all weights, and nearly all products with weights.
 QUANTIZED = (
