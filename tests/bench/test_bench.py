@@ -20,11 +20,13 @@ from tests import lora_files
 from tests.bench.results import program, results_of_two
 from tests.conftest import Machine, Outcome
 from wanfast.bench import cells as cells_module
+from wanfast.bench import figures
 from wanfast.bench import measure as measure_module
 from wanfast.bench.cells import ANOTHER_SEED, Bench, Row, planned, recipes_of
 from wanfast.bench.compare import compared
 from wanfast.bench.frames import read_frames, write_frames
 from wanfast.bench.published import PUBLISHED_S
+from wanfast.commands.bench import remarks_of, table_of
 from wanfast.magcache_calib.clips import read_set
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
@@ -182,7 +184,7 @@ def test_a_report_holds_rows_pictures_and_videos(
     wanfast: Wanfast, clips: Path, videos: list[dict[str, Any]], machine: Machine
 ) -> None:
     outcome = wanfast(*BENCH, "--recipes", "exact,baseline,fa3-tf32")
-    assert outcome.exit_code == 0, outcome.err
+    assert outcome.exit_code == 0 and "earlier run" not in outcome.err, outcome.err
     report, folder = outcome.document, Path("bench")
     assert json.loads((folder / "report.json").read_text()) == report
     assert [row["status"] for row in report["rows"]] == ["measured", "measured", "needs CUDA"]
@@ -213,9 +215,44 @@ def test_a_report_holds_rows_pictures_and_videos(
 
     videos.clear()
     shutil.rmtree(Path("artifacts/bench") / baseline["cells"][3])
-    again = wanfast(*BENCH, "--recipes", "exact,baseline").document["rows"]
+    outcome = wanfast(*BENCH, "--recipes", "exact,baseline")
+    again = outcome.document["rows"]
     assert [options["seed"] for options in videos] == [1, 1]  # a warm-up video and the missing one
+    remove = f"rm -r {Path('artifacts/bench').absolute()}"
+    assert f"note: 9 of 10 videos were measured by an earlier run; to measure again, run `{remove}`" in outcome.err
     assert again[0] == exact and again[1]["cells"] == baseline["cells"]
+
+
+def test_a_ratio_within_the_spread_is_unclear() -> None:
+    def of(median: float, spread: float) -> dict[str, float]:
+        return {"median": median, "spread": spread}
+
+    assert figures._is_unclear(of(9.8, 0.1), of(10.0, 0.3)) and figures._is_unclear(of(9.8, 0.3), of(10.0, 0.1))
+    assert not figures._is_unclear(of(9.0, 0.3), of(10.0, 0.3)) and not figures._is_unclear(
+        of(10.1, 0.0), of(10.0, 0.0)
+    )
+
+
+def test_the_terminal_shows_what_replaced_options_and_which_ratios_are_unclear() -> None:
+    figures_of = {
+        "status": "measured", "video_s": {"median": 10.0, "spread": 0.2}, "ratio": 1.0, "ratio_unclear": False,
+        "forwards": {"computed": 6, "of": 6}, "peak_memory_bytes": 1e9, "estimated": None, "quality": None,
+        "reason": None, "overridden": [], "attention": "flash",
+    }  # fmt: skip
+    auto = {"overridden": ["--attention", "auto"], "ratio": 0.99}
+    rows = [
+        figures_of | {"recipe": "exact"}, figures_of | auto | {"recipe": "fa3", "ratio_unclear": True},
+        figures_of | auto | {"recipe": "int8"},
+        figures_of | auto | {"recipe": "fa3-tf32", "status": "needs CUDA", "reason": "no GPU", "ratio_unclear": None},
+    ]  # fmt: skip
+    report = {"base": "exact", "rows": rows}
+    assert list(table_of(report).columns[2].cells) == ["1.000", "0.990 ?", "0.990", ""]
+    assert remarks_of(report) == [
+        "?: unclear, because the seconds differ from those of exact by less than their spread",
+        "with --attention auto (attention: flash): fa3, int8",
+        "fa3-tf32: no GPU",
+    ]
+    assert remarks_of({"base": "exact", "rows": rows[:1]}) == []
 
 
 def test_an_interrupted_bench_says_how_to_go_on(

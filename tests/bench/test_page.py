@@ -70,10 +70,11 @@ def test_every_row_has_all_columns(tmp_path: Path, left_out: str | None) -> None
     """A measured row, a row that could not be measured, and the row of the noise floor."""
     quality = {"identical": False, "psnr": 30.0, "ssim": 0.9, "ms_ssim": 0.9, "flicker": 1.0, "motion": 1.0}
     quality["prompt_following"] = {"right": 1, "of": 2}
-    known = {"overridden": [], "attention": None, "estimated": None}
+    known = {"overridden": [], "attention": None, "estimated": None, "ratio_unclear": not left_out}
     seconds = {"median": 1.0, "spread": 0.1}
     measured = {
-        "recipe": "a", "status": "measured", "video_s": seconds, "ratio": 1.0, "forwards": {"computed": 2, "of": 2},
+        "recipe": "a", "status": "measured", "video_s": seconds, "ratio": 1.0,
+        "forwards": {"computed": 2, "of": 2},
         "seconds": dict.fromkeys(("encode", "denoise", "decode"), seconds), "peak_memory_bytes": 1, "tflops": 1.0,
         "peak_share": None, "start": {"seconds": seconds}, "quality": None if left_out else quality,
     }  # fmt: skip
@@ -82,6 +83,9 @@ def test_every_row_has_all_columns(tmp_path: Path, left_out: str | None) -> None
     found = _Columns()
     found.feed(page.read_text())
     assert len(found.counts) == (3 if left_out else 4) and len(set(found.counts)) == 1, found.counts
+    assert (
+        ("<small>unclear</small>" in page.read_text()) == ("Unclear: the seconds" in page.read_text()) == (not left_out)
+    )
 
 
 class _Server(ThreadingHTTPServer):

@@ -232,6 +232,11 @@ class Cells:
 
     root: Path
 
+    @property
+    def folder(self) -> Path:
+        """Returns the folder with the results of all benches."""
+        return self.root / KIND
+
     @cached_property
     def _store(self) -> ArtifactStore:
         return ArtifactStore(self.root)

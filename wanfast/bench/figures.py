@@ -48,6 +48,7 @@ def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Do
     for row in made:
         if row["video_s"] and base["video_s"]:
             row["ratio"] = round(row["video_s"]["median"] / base["video_s"]["median"], 4)
+            row["ratio_unclear"] = row is not base and _is_unclear(row["video_s"], base["video_s"])
     left_out = bench.no_quality or ("" if base["status"] == "measured" else f"{base['recipe']} was not measured")
     floor = {} if left_out else _add_quality(bench, rows, made, cells)
     config = next(row.plans[0].config for row in rows if row.plans)
@@ -90,6 +91,7 @@ def _row(row: Row, cells: Cells, errors: Errors) -> Document:
         "seconds": {},
         "video_s": None,
         "ratio": None,
+        "ratio_unclear": None,
         "forwards": None,
         "peak_memory_bytes": None,
         "tflops": None,
@@ -164,6 +166,11 @@ def _spread(values: list[float]) -> dict[str, float]:
         "spread": round(max(values) - min(values), 3),
         "of": len(values),
     }
+
+
+def _is_unclear(seconds: dict[str, float], of_base: dict[str, float]) -> bool:
+    """Returns whether two medians differ by less than the repeats of one of them differ from each other."""
+    return abs(seconds["median"] - of_base["median"]) < max(seconds["spread"], of_base["spread"])
 
 
 def _start(documents: list[Document]) -> Document:

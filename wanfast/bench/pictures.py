@@ -30,6 +30,7 @@ def draw_waterfall(report: dict[str, Any], file: Path) -> None:
         left = [before + width for before, width in zip(left, widths, strict=True)]
     for place, row in enumerate(rows):
         ratio = f", {row['ratio']:.2f}" if row["ratio"] else ""
+        ratio += " (unclear)" if row["ratio_unclear"] else ""
         ratio += ", estimated" if row["estimated"] else ""
         text = f" {row['video_s']['median']:.1f} s{ratio}" if row["video_s"] else f" {row['status']}"
         ours.text(left[place], place, text, va="center", fontsize="small")

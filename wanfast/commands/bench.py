@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,18 +112,20 @@ def bench(
     with writing_to(cells.root):
         cells.root.mkdir(parents=True, exist_ok=True)
     check_folder(folder)
+    num_videos = sum(len(row.cells) for row in rows)
+    if stored := num_videos - missing(rows, cells):
+        again = shlex.join(["rm", "-r", str(cells.folder)])
+        say(f"note: {stored} of {num_videos} videos were measured by an earlier run; to measure again, run `{again}`")
     try:
         errors = measure(asked, rows, cells, say)
     except (KeyboardInterrupt, SystemExit):
-        done = sum(len(row.cells) for row in rows) - missing(rows, cells)
-        say(f"note: videos stored: {done}; {options.to_continue()}")
+        say(f"note: videos stored: {num_videos - missing(rows, cells)}; {options.to_continue()}")
         raise
     report = report_of(asked, rows, cells, errors)
     write_report(report, rows, cells, folder)
     console.print(table_of(report))
-    for row in report["rows"]:
-        if row["reason"]:
-            console.print(f"{row['recipe']}: {row['reason']}", markup=False)
+    for line in remarks_of(report):
+        console.print(line, markup=False)
     console.print(f"{folder}/report.html: the report as a page for a browser", markup=False)
     if json_:
         print(json.dumps(report))
@@ -156,9 +159,23 @@ def table_of(report: dict[str, Any]) -> Table:
         table.add_row(
             row["recipe"],
             f"{seconds['median']:.2f} ± {seconds['spread']:.2f}" + (" (estimated)" if row["estimated"] else ""),
-            f"{row['ratio']:.3f}" if row["ratio"] else "",
+            (f"{row['ratio']:.3f}" if row["ratio"] else "") + (" ?" if row["ratio_unclear"] else ""),
             f"{forwards['computed']:g} of {forwards['of']}",
             f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
             psnr,
         )
     return table
+
+
+def remarks_of(report: dict[str, Any]) -> list[str]:
+    """Returns the lines below the table: what its marks mean, what ran in place of a recipe's options, and reasons."""
+    rows, lines = report["rows"], []
+    if any(row["ratio_unclear"] for row in rows):
+        lines.append(f"?: unclear, because the seconds differ from those of {report['base']} by less than their spread")
+    changed: dict[str, list[str]] = {}
+    for row in rows:
+        if row["overridden"] and row["status"] == "measured":
+            chose = f" (attention: {row['attention']})" if "--attention" in row["overridden"] else ""
+            changed.setdefault(f"{' '.join(row['overridden'])}{chose}", []).append(row["recipe"])
+    lines += [f"with {options}: {', '.join(names)}" for options, names in changed.items()]
+    return lines + [f"{row['recipe']}: {row['reason']}" for row in rows if row["reason"]]
