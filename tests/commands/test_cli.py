@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import json
 import os
@@ -589,6 +590,19 @@ def test_weights_of_an_earlier_run_are_compared(
     notes = wanfast("generate", "--from", "run.json", "--dry-run", "--json").document["plan"]["notes"]
     assert [note for note in notes if note.startswith("--from")] == [note for note in notes if words and words in note]
     assert any(words in note for note in notes)
+
+
+@pytest.mark.parametrize(("content", "is_noted"), [(b"its own", False), (b"another", True), (None, False)])
+def test_the_video_beside_the_json_of_an_earlier_run_is_compared(
+    wanfast: Wanfast, workdir: Path, content: bytes | None, is_noted: bool
+) -> None:
+    own = {"weights": None, "output_sha256": hashlib.sha256(b"its own").hexdigest()}
+    (workdir / "run.json").write_text(json.dumps(wanfast(*DRY).document | own))
+    if content is not None:
+        (workdir / "run.mp4").write_bytes(content)
+    notes = wanfast("generate", "--from", "run.json", "--dry-run", "--json").document["plan"]["notes"]
+    words = f"--from: {workdir}/run.json describes another video than {workdir}/run.mp4, which was replaced or changed"
+    assert [note for note in notes if words in note] == notes[-1:] * is_noted
 
 
 def test_a_record_without_weights_is_no_sidecar(wanfast: Wanfast, workdir: Path) -> None:

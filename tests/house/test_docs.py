@@ -143,6 +143,22 @@ def test_each_example_writes_a_video_of_its_own(page: Page) -> None:
     assert len(outputs) == len(set(outputs))
 
 
+def test_no_example_replaces_the_video_of_another_page() -> None:
+    """A program of Python or a client may replace an mp4 whose .json then describes another video."""
+    written = re.compile(r"(?:save|write_to_file)\(\"([\w-]+\.mp4)\"")
+    by_programs = [
+        name
+        for page in PAGES
+        for language, body in page.blocks
+        if language == "python"
+        for name in written.findall(body)
+    ]
+    examples = [json.loads(line) for line in (ROOT / "wanfast/assets/examples/jobs.jsonl").read_text().splitlines()]
+    others = {Path(example["output"]).name for example in examples}
+    others |= {Path(name).name for page in PAGES for name in re.findall(r"--output (\S+\.mp4)", page.text)}
+    assert len(by_programs) >= 2 and len({*by_programs} - others) == len(by_programs)
+
+
 def _files_of_examples(workdir: Path, wanfast: Wanfast) -> None:
     """The files that examples name: the repository's, experts, LoRAs, a list of jobs, the .json of an earlier video."""
     (workdir / "wanfast").symlink_to(ROOT / "wanfast")

@@ -49,12 +49,12 @@ def python(code: str, folder: Path) -> str:
 
 
 def test_the_example_of_one_video_runs_and_repeats(star: Path, request: pytest.FixtureRequest) -> None:
-    (star / "star.mp4").touch()  # as an earlier run of the example leaves it
+    (star / "python.mp4").touch()  # as an earlier run of the example leaves it
     out = python(EXAMPLES[0] + "import sys\nprint('torch' in sys.modules)", star)
     assert out.splitlines() == ["(5, 128, 128, 3)", "8", "False"]
-    first = (star / "star.mp4").read_bytes()
+    first = (star / "python.mp4").read_bytes()
     wanfast = request.getfixturevalue("wanfast")  # not sooner, because programs are forks with it
-    outcome = wanfast("generate", "--from", "star.json", "--output", "again.mp4")
+    outcome = wanfast("generate", "--from", "python.json", "--output", "again.mp4")
     assert outcome.exit_code == 0, outcome.err
     assert (star / "again.mp4").read_bytes() == first
 

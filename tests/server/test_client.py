@@ -71,7 +71,7 @@ def test_the_example_of_the_page_runs(server: Running, workdir: Path, monkeypatc
     (workdir / "wanfast/assets/examples/star.png").write_bytes(STAR.read_bytes())
     monkeypatch.setattr(openai.resources.videos.Videos, "_sleep", lambda self, seconds: time.sleep(0.02))
     exec(example.replace("http://127.0.0.1:8000", server.url))
-    assert (workdir / "star.mp4").read_bytes()[4:8] == b"ftyp"
+    assert (workdir / "client.mp4").read_bytes()[4:8] == b"ftyp"
     for video in server.client().videos.list():
         server.client().videos.delete(video.id)
 

@@ -9,6 +9,7 @@ This module does not import torch.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Request:
     lora_sha256: tuple[str, ...] | None = None  # of the LoRAs of that run
     engines: str | None = None  # the name of cuDNN's engines in that run, if this one makes the same video
     asked: dict[str, Any] | None = None  # the options that were given, now or for the run of --from; None: all
+    notes: tuple[str, ...] = ()  # on the files of --from
     error: ConfigError | None = None  # the line could not be read
 
 
@@ -144,7 +146,24 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         expert_sha256=effective.models.expert_sha256,
         lora_sha256=effective.models.lora_sha256 if has_its_loras else None,
         engines=engines,
+        notes=_notes_on_video(file, document),
     )
+
+
+def _notes_on_video(file: Path, document: dict[str, Any]) -> tuple[str, ...]:
+    """Returns a note if the mp4 beside the .json of --from is another video than that of the .json.
+
+    Another program may have replaced the mp4 alone. If no mp4 is there, or if it cannot be read, there is no note.
+    """
+    video = file.with_suffix(".mp4")
+    try:
+        with video.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError:
+        return ()
+    if document.get("output_sha256") in (None, found):
+        return ()
+    return (f"--from: {file} describes another video than {video}, which was replaced or changed later",)
 
 
 def _asked(requested: dict[str, Any]) -> dict[str, Any]:

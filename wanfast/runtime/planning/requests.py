@@ -132,7 +132,7 @@ def _plan(
             require_experts(files, plan.config.models, required)
         else:
             plan = dataclasses.replace(plan, notes=(*plan.notes, *_missing_notes(plan, files)))
-        plan = dataclasses.replace(plan, notes=(*plan.notes, *_weights_notes(request, files)))
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *request.notes, *_weights_notes(request, files)))
         taken.update(dict.fromkeys((path.resolve() for path in plan.outputs), request.line))
         return Planned(request, plan)
     except WanFastError as error:
