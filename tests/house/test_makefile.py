@@ -57,6 +57,12 @@ def test_the_published_weights_are_fetched_only_if_they_are_named() -> None:
     assert "Nothing to download for MODEL=tiny" in make(Path("BIN"), "download")
 
 
+def test_git_ignores_what_the_targets_and_commands_write() -> None:
+    bench = next(option for option in typer.main.get_command(app).commands["bench"].params if option.name == "output")  # type: ignore[attr-defined]
+    for folder in (str(bench.default), "out", "artifacts"):
+        assert subprocess.run(["git", "check-ignore", "-q", f"{folder}/a file"], cwd=ROOT).returncode == 0, folder
+
+
 def test_a_target_shows_its_line_and_runs_it(tmp_path: Path) -> None:
     program = tmp_path / "wanfast"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m wanfast "$@"\n')

@@ -244,7 +244,8 @@ def test_the_key_of_a_curve_holds_the_files(experts: Path) -> None:
 def test_the_preset_curve_is_that_of_the_published_experts(wanfast: Wanfast, experts: Path) -> None:
     words = ("--image", "cat.png", "--prompt", "a cat", "--device", "cuda", "--magcache", "preset", "--dry-run")
     plain, other = (made(wanfast, "generate", *given, *words)["plan"]["notes"] for given in ((), PAIR[:2]))
-    note = "--magcache preset: its curve was measured with the published experts; run"
+    note = "--magcache preset: its curve was measured with the published experts; for a curve of this run, run "
+    note += "`wanfast calibrate-magcache --high-noise-expert"
     assert [any(each.startswith(note) for each in notes) for notes in (plain, other)] == [False, True]
     outcome = wanfast(*GOOD, *PAIR, "--magcache", "preset", "--dry-run")
     assert outcome.exit_code == 2 and "no curve ships for these weights" in outcome.err

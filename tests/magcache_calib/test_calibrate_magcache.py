@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import lora_files
 from tests.conftest import Machine, Outcome
 from tests.on_ranks import on_ranks
 from wanfast.commands import calibrate_magcache
@@ -503,7 +504,28 @@ def test_a_preset_is_of_its_weights(wanfast: Wanfast, workdir: Path) -> None:
     outcome = wanfast(*own)
     assert outcome.exit_code == 2 and "no curve ships for these weights" in outcome.err
     other = wanfast(*A14B_DRY, "--device", "cpu", "--magcache", "E012K2R20", "--precision", "fp32")
-    assert "its curve was measured with bf16, not fp32" in other.err
+    own = "run `wanfast calibrate-magcache --precision fp32`, and then this command with --magcache artifact"
+    assert f"its curve was measured with bf16, not fp32; for a curve of this run, {own}" in other.err
+
+
+def test_the_note_on_a_preset_names_no_calibration_for_distilled_steps(
+    wanfast: Wanfast, machine: Machine, workdir: Path
+) -> None:
+    machine(1, 141)
+    lora_files.write(workdir / "low_noise_model.safetensors", {"blocks.0.ffn.0.diff_b": torch.zeros(1)})
+    asked = (
+        "--recipe",
+        "hybrid",
+        "--lora-low-noise",
+        "low_noise_model.safetensors",
+        "--magcache",
+        "preset",
+        "--precision",
+        "fp32",
+    )
+    outcome = wanfast(*A14B_DRY, *asked, "--magcache-rule", "both-experts")
+    (line,) = (line for line in outcome.err.splitlines() if "its curve was measured" in line)
+    assert line.endswith("bf16, not fp32")
 
 
 def test_any_number_of_gpus_skips_alike(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:

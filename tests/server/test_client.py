@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +74,20 @@ def test_the_example_of_the_page_runs(server: Running, workdir: Path, monkeypatc
     monkeypatch.setattr(openai.resources.videos.Videos, "_sleep", lambda self, seconds: time.sleep(0.02))
     exec(example.replace("http://127.0.0.1:8000", server.url))
     assert (workdir / "client.mp4").read_bytes()[4:8] == b"ftyp"
+    for video in server.client().videos.list():
+        server.client().videos.delete(video.id)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_example_with_curl_runs(server: Running, workdir: Path) -> None:
+    page = (Path(wanfast.__file__).parents[1] / "docs/serve.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) if "curl" in block)
+    (workdir / "wanfast").symlink_to(Path(wanfast.__file__).parent)
+    command = ("bash", "-ec", example.replace("http://127.0.0.1:8000", server.url))
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert (workdir / "curl.mp4").read_bytes()[4:8] == b"ftyp"
+    assert server.maker.made[-1]["picture"] == STAR.read_bytes() and server.maker.made[-1]["seed"] == 1
     for video in server.client().videos.list():
         server.client().videos.delete(video.id)
 

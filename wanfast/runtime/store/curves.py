@@ -196,10 +196,9 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
     others += ["no LoRA"] if any(lora.has_expert(expert) for lora in loras for expert in experts) else []
     if not others:
         return []
-    return [
-        f"--magcache preset: its curve was measured with {' and '.join(others)}; "
-        "run `wanfast calibrate-magcache` to measure your own curve"
-    ]
+    own = f"for a curve of this run, run `{calibrate_command(config, files.spec)}`, and then this command with "
+    fix = "" if config.video.levels is not None else f"; {own}--magcache artifact"
+    return [f"--magcache preset: its curve was measured with {' and '.join(others)}{fix}"]
 
 
 def _loras(models: ModelsConfig) -> Mapping[Expert, Any] | None:
