@@ -184,10 +184,10 @@ for number in range(9_000_000):
 REFUSALS = {
     "no image": (["--image", ""], "--image"),
     "image missing": (["--image", "dog.png"], "--image"),
-    "prompt missing": (["--prompt", ""], "--prompt is missing"),
+    "prompt missing": (["--prompt", ""], "--prompt is missing or empty"),
     "prompt empty": (["--prompt", "  "], "--prompt has no words"),
     "prompt of control characters": (["--prompt", "\x07\x00"], "--prompt"),
-    "frames not 4n+1": (["--frames", "80"], "--frames 80: a video has 4n+1 frames: try 81"),
+    "frames not 4n+1": (["--frames", "80"], "--frames 80: a video has 4n+1 frames: try 77 or 81"),
     "no frames": (["--frames", "0"], "--frames"),
     "no steps": (["--steps", "0"], "--steps"),
     "size not divisible": (["--size", "1000x700"], "--size 1000x700: width and height must be positive"),
@@ -224,7 +224,12 @@ REFUSALS = {
     "noise on a GPU that is not used": (["--noise-device", "cuda", "--device", "cpu"], "--noise-device"),
     "model is a file": (["--model", "cat.png"], "--model"),
     "model in other letters": (["--model", "Tiny"], "--model Tiny: no such folder: did you mean tiny?"),
-    "model": (["--model", "gone"], "--model"),
+    "model that is no name": (
+        ["--model", "gone"],
+        "--model gone: no such folder: use tiny, a14b, t2v-a14b or a folder",
+    ),
+    "model": (["--model", "gone/model"], "--model"),
+    "output in a folder of no name": (["--output", "there.txt/"], "--output there.txt/: names a folder"),
 }
 
 
@@ -256,7 +261,7 @@ def test_refusals_are_one_line_and_leave_nothing(wanfast: Wanfast, workdir: Path
         ([*GOOD, "--steps"], "option '--steps' requires an argument: see `wanfast generate --help`"),
         ([*GOOD, "word"], "got unexpected extra argument(s) (word): see `wanfast generate --help`"),
         ([*GOOD, "--recipe", "lightnin-4"], "--recipe 'lightnin-4': did you mean lightning-4 or lightning-8?"),
-        ([*GOOD, "--recipe", ""], "--recipe '': one of baseline, fa3, "),
+        ([*GOOD, "--recipe", ""], "--recipe '': one of exact, near-exact, fast, lightning-4, "),
         ([*GOOD, "--quantize", "int8"], "--quantize 'int8': did you mean int8-dynamic or int8-weight-only?"),
         ([*GOOD, "--attention=FA3"], "--attention 'FA3': did you mean fa3 or fa3-fp8?"),
         ([*GOOD, "--attention", "sparce"], "--attention 'sparce': did you mean sparse?"),

@@ -65,4 +65,4 @@ def test_an_output_without_a_name(workdir: Path, capsys: pytest.CaptureFixture[s
     """Ten thousand command lines found this one."""
     (workdir / "jobs.jsonl").write_text("{}")
     code, said = run([*GOOD, "--output", output, *(["--jobs", "jobs.jsonl"] if listed else [])], capsys)
-    assert code == 2 and f"--output {output}: is a folder" in said
+    assert code == 2 and f"--output {output}: names a folder" in said

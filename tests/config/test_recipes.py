@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import Machine, Outcome
 from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, effective, of_command, recipes
 from wanfast.runtime.config.option import words
-from wanfast.runtime.config.recipes import RECIPES, Recipe, overridden, with_recipe
+from wanfast.runtime.config.recipes import FEW_STEPS, OURS, PUBLISHED, RECIPES, Recipe, overridden, with_recipe
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import RecipeName
 from wanfast.runtime.facts.model_spec import A14B
@@ -32,7 +32,9 @@ def changes(config: EffectiveConfig) -> dict[str, Any]:
 
 
 def test_the_names_are_the_recipes() -> None:
-    assert list(RECIPES) == list(get_args(RecipeName))
+    assert sorted(RECIPES) == sorted(get_args(RecipeName))
+    assert get_args(RecipeName) == (*OURS, *FEW_STEPS, *PUBLISHED)
+    assert {*FEW_STEPS} == {name for name, recipe in RECIPES.items() if recipe.distilled}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,7 @@ def test_a_line_of_a_list_has_its_own_recipe(wanfast: Wanfast, workdir: Path) ->
 def test_an_unknown_recipe_is_refused_with_the_names(wanfast: Wanfast) -> None:
     outcome = wanfast("generate", "--model", "tiny", *STAR, "--recipe", "slow")
     assert outcome.exit_code == 2
-    assert outcome.err.startswith("error: --recipe 'slow': one of baseline, fa3, ")
+    assert outcome.err.startswith("error: --recipe 'slow': one of exact, near-exact, fast, lightning-4, ")
 
 
 def test_other_commands_take_the_options_of_a_recipe_that_they_have() -> None:

@@ -175,7 +175,7 @@ def test_a_continuation_holds_the_old_video_and_from_repeats_it(wanfast: Wanfast
         (["--frames", "1"], "--continue-from: a clip begins with the last frame of the clip or video before"),
         (["--output", "old.mp4", "--overwrite"], "old.mp4 would overwrite a file that a video is made from"),
         (["--prompt", " "], "--prompt has no words"),
-        (["--prompt", ""], "--prompt is missing"),
+        (["--prompt", ""], "--prompt is missing or empty"),
         (["--prompt", "x", "--last-image", "cat.png"], "--prompt is given 2 times, but --last-image is for a single c"),
         (["--prompt", "x", "--seed", "4294967295"], "--prompt is given 2 times, and the seed grows by 1 "),
     ],

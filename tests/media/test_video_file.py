@@ -250,7 +250,8 @@ def test_check_output_takes_a_good_path(tmp_path: Path) -> None:
         ("out.avi", "must end in .mp4"),
         ("out", "must end in .mp4"),
         ("no/such/out.mp4", "run `mkdir -p {folder}/no/such`"),
-        ("file/out.mp4", "Not a directory"),
+        ("file/out.mp4", "{folder}/file is a file, not a folder"),
+        ("folder", "is a folder; give an .mp4 file in it"),
         ("x" * 250 + ".mp4", "File name too long"),
         ("/proc/out.mp4", "cannot be written"),
         ("no/my dir/out.mp4", "run `mkdir -p '{folder}/no/my dir'`"),
@@ -263,6 +264,7 @@ def test_check_output_refuses(name: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "old.mp4").touch()
     (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "folder").mkdir()
     (tmp_path / "dangling.mp4").symlink_to(tmp_path / "nothing")
     before, path = names_in(tmp_path), str(tmp_path / name)
     with pytest.raises(ConfigError) as caught:

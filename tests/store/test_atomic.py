@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from tests.small_files import assert_one_line, names_in
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.store.atomic import atomic_paths, partial_path, remove_partials
+from wanfast.runtime.store.atomic import atomic_paths, not_written, partial_path, remove_partials
 
 
 def test_atomic_paths_replaces_at_the_end_only(tmp_path: Path) -> None:
@@ -25,6 +26,23 @@ def test_atomic_paths_replaces_at_the_end_only(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert target.read_text() == "new"
     assert names_in(tmp_path) == ["a.json"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file", tmp_path / "file/report", tmp_path / "file/a/b"):
+        with pytest.raises(OSError) as caught:
+            target.mkdir(parents=True)
+        said = str(not_written(target, caught.value))
+        reason = f"{tmp_path}/file is a file, not a folder"
+        assert said == f"--output {target}: cannot be written ({reason}); choose another folder or name"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES])
+def test_only_a_full_disk_needs_space(tmp_path: Path, number: int) -> None:
+    said = str(not_written(tmp_path / "a.mp4", OSError(number, os.strerror(number))))
+    is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    assert os.strerror(number) in said and ("free some space" in said) == (" GB free" in said) == is_full
 
 
 def test_atomic_paths_come_together_or_not_at_all(tmp_path: Path) -> None:

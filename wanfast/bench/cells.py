@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from wanfast.bench.apart import apart
 from wanfast.bench.frames import write_frames
@@ -107,8 +107,7 @@ def recipes_of(text: str) -> tuple[RecipeName, ...]:
     A name is that of a recipe, or of a group of recipes, such as "published". Raises ConfigError if a name is unknown,
     or if the text has no name.
     """
-    known: dict[str, tuple[RecipeName, ...]] = {name: (name,) for name in RECIPES}
-    known |= GROUPS
+    known: dict[str, tuple[RecipeName, ...]] = {**GROUPS, **{name: (name,) for name in get_args(RecipeName)}}
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:

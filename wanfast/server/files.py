@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.store.atomic import atomic_paths
+from wanfast.runtime.store.atomic import atomic_paths, hindrance
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ class Files:
                 )
             folder.chmod(0o700)
         except OSError as error:
-            raise ConfigError(f"--data-dir {folder}: {error.strerror}: choose another folder") from error
+            raise ConfigError(f"--data-dir {folder}: {hindrance(folder, error)}: choose another folder") from error
 
     def video(self, attempt: str) -> Path:
         return self.folder / f"{attempt}.mp4"

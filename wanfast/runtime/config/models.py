@@ -34,7 +34,10 @@ from wanfast.runtime.facts.choices import (
     Command,
     CompileMode,
     Device,
+    FewStepRecipe,
+    OwnRecipe,
     Precision,
+    PublishedRecipe,
     RecipeName,
     Scheme,
     in_8_bits,
@@ -113,8 +116,8 @@ class ModelsConfig(Part):
         RecipeName | None,
         Option(
             "Named set of options. An option that you give yourself overrides the recipe's value. wanfast's recipes: "
-            f"exact, near-exact, fast. For distilled weights: {', '.join(get_args(RecipeName)[-5:])}. Published "
-            f"recipes: {', '.join(get_args(RecipeName)[:-8])}.",
+            f"{', '.join(get_args(OwnRecipe))}. For distilled weights: {', '.join(get_args(FewStepRecipe))}. Published "
+            f"recipes: {', '.join(get_args(PublishedRecipe))}.",
             MAKE,
             also=("calibrate-magcache", "calibrate-attention", "serve", "warmup"),
             metavar="<name>",

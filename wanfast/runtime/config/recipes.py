@@ -15,14 +15,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from wanfast.runtime.config.models import OF_LOSSY, ModelsConfig
 from wanfast.runtime.config.option import LOSSY, Options, options_of
 from wanfast.runtime.config.skipping import SkippingConfig, default_rule, spelled_out
 from wanfast.runtime.config.video import VideoConfig
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Expert, MagCacheRule, RecipeName, Solver
+from wanfast.runtime.facts.choices import (
+    EXPERTS,
+    LOSSY_ATTENTION,
+    Expert,
+    FewStepRecipe,
+    MagCacheRule,
+    OwnRecipe,
+    PublishedRecipe,
+    RecipeName,
+    Solver,
+)
 
 
 @dataclass(frozen=True)
@@ -112,9 +122,9 @@ RECIPES: Mapping[RecipeName, Recipe] = MappingProxyType(
     }
 )
 
-OURS: tuple[RecipeName, ...] = ("exact", "near-exact", "fast")
-FEW_STEPS: tuple[RecipeName, ...] = tuple(name for name, recipe in RECIPES.items() if recipe.distilled)
-PUBLISHED: tuple[RecipeName, ...] = tuple(name for name in RECIPES if name not in (*OURS, *FEW_STEPS))
+OURS: tuple[RecipeName, ...] = get_args(OwnRecipe)
+FEW_STEPS: tuple[RecipeName, ...] = get_args(FewStepRecipe)
+PUBLISHED: tuple[RecipeName, ...] = get_args(PublishedRecipe)
 GROUPS: Mapping[str, tuple[RecipeName, ...]] = MappingProxyType(
     {"ours": OURS, "published": PUBLISHED, "few-steps": FEW_STEPS}
 )

@@ -36,8 +36,8 @@ def parse_size(size: str) -> tuple[int, int]:
 
 
 def _frames_fix(frames: int) -> str | None:
-    near = max(1, (frames + 1) // 4 * 4 + 1)
-    return None if frames >= 1 and frames % 4 == 1 else f"a video has 4n+1 frames: try {near}"
+    below = max(1, (frames - 1) // 4 * 4 + 1)
+    return None if frames == below else f"a video has 4n+1 frames: try {below} or {below + 4}"
 
 
 def parse_sigmas(text: str) -> tuple[float, ...]:
@@ -69,7 +69,7 @@ def _command_fix(command: str) -> str | None:
 def _output_fix(path: str) -> str | None:
     if not path.strip():
         return "has an empty value: give an .mp4 file"
-    return None if PurePath(path).name else "is a folder: give an .mp4 file"
+    return None if PurePath(path).name and not path.endswith("/") else "names a folder: give an .mp4 file"
 
 
 def _size_fix(size: str) -> str | None:
@@ -269,7 +269,7 @@ class VideoConfig(Part):
         if len(self.prompts) == 1:
             object.__setattr__(self, "prompt", self.prompts[0])
         if not all(self.prompts or ("",)):
-            raise ConfigError("--prompt is missing: describe what should happen in the video")
+            raise ConfigError("--prompt is missing or empty: describe what should happen in the video")
         if not all(prompt.strip() for prompt in self.prompts):
             raise ConfigError("--prompt has no words: describe what should happen in the video")
         self._check_clips()

@@ -24,12 +24,13 @@ CompileMode = Literal["default", "max-autotune-no-cudagraphs", "max-autotune"]
 Scheme = Literal["int8-weight-only", "int8-dynamic", "fp8-rowwise", "bf16"]
 Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", "math", "sparse", "fa3-fp8"]
 LOSSY_ATTENTION: tuple[Attention, ...] = ("sparse", "fa3-fp8")
-RecipeName = Literal[
+OwnRecipe = Literal["exact", "near-exact", "fast"]
+PublishedRecipe = Literal[
     "baseline", "fa3", "fa3-tf32", "int8", "magcache", "magcache-tf32", "compile", "compile-int8", "compile-tf32",
     "fastest-original", "fastest-original-k2r10", "fastest-original-e024k2r10",
-    "exact", "near-exact", "fast",
-    "lightning-4", "lightning-8", "hybrid", "rcm-4", "first-last-4",
 ]  # fmt: skip
+FewStepRecipe = Literal["lightning-4", "lightning-8", "hybrid", "rcm-4", "first-last-4"]
+RecipeName = Literal[OwnRecipe, FewStepRecipe, PublishedRecipe]  # in the order of the help
 
 
 def in_8_bits(scheme: Scheme | None) -> TypeGuard[Scheme]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.memory import gb
-from wanfast.runtime.store.atomic import partial_path
+from wanfast.runtime.store.atomic import hindrance, partial_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,10 +31,12 @@ def check_outputs(path: str, *beside: Path, overwrite: bool, needed_bytes: int, 
     `path`.
     """
     target, subject = Path(path), f"{option} {path}"
-    if target.suffix.lower() != ".mp4":
-        raise ConfigError(f"{subject}: the name must end in .mp4")
     folder = target.parent
     try:
+        if target.suffix.lower() != ".mp4" and target.is_dir():
+            raise ConfigError(f"{subject}: is a folder; give an .mp4 file in it")
+        if target.suffix.lower() != ".mp4":
+            raise ConfigError(f"{subject}: the name must end in .mp4")
         if not folder.exists():
             raise ConfigError(f"{subject}: its folder does not exist; run `mkdir -p {shlex.quote(str(folder))}`")
         _check_file(target, f"{subject}:", overwrite=overwrite)
@@ -42,7 +44,9 @@ def check_outputs(path: str, *beside: Path, overwrite: bool, needed_bytes: int, 
             _check_file(other, f"{subject}: {other.name}, written beside the video,", overwrite=overwrite)
         free_bytes = shutil.disk_usage(folder).free
     except OSError as error:
-        raise ConfigError(f"{subject}: cannot be written ({error.strerror}); choose another folder or name") from error
+        raise ConfigError(
+            f"{subject}: cannot be written ({hindrance(target, error)}); choose another folder or name"
+        ) from error
     if free_bytes < needed_bytes:
         raise ConfigError(
             f"{subject}: needs {gb(needed_bytes)} and {folder} has {gb(free_bytes)} free; "

@@ -13,7 +13,6 @@ the damaged one.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -29,13 +28,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, foreign
+from wanfast.runtime.store.atomic import FULL, hindrance
 from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.sharing import locked, remove, share
 
 Damaged = Literal["refuse", "miss"]
 
 MANIFEST = "manifest.json"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -222,8 +221,8 @@ def writing_to(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "free some space, or choose another folder" if error.errno in _FULL else "choose another folder"
-        raise ConfigError(f"--artifacts-dir {place}: cannot be written ({error.strerror or error}); {fix}") from error
+        fix = "free some space, or choose another folder" if error.errno in FULL else "choose another folder"
+        raise ConfigError(f"--artifacts-dir {place}: cannot be written ({hindrance(place, error)}); {fix}") from error
 
 
 def note(line: str) -> None:

@@ -6,6 +6,7 @@ The files are first written under hidden names beside their targets, and then re
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.memory import gb
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest file
 
 
 @contextmanager
@@ -50,13 +53,24 @@ def atomic_paths(
 def not_written(target: Path, error: OSError, option: str = "--output") -> ConfigError:
     """Returns the ConfigError for a file that could not be written.
 
-    Its message states the free space and the fix.
+    Its message states the reason and the fix; if the disk is full, it states the free space too.
     """
-    reason = error.strerror or str(error)
+    reason = hindrance(target, error)
+    if error.errno not in FULL:
+        return ConfigError(f"{option} {target}: cannot be written ({reason}); choose another folder or name")
     return ConfigError(
         f"{option} {target}: cannot be written ({reason}; {_free_space(target.parent)}); "
         "free some space or choose another folder"
     )
+
+
+def hindrance(target: Path, error: OSError) -> str:
+    """Returns why `target` could not be written: a file is where a folder is needed, or the system's reason."""
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        for path in (target, *target.parents):
+            if path.is_file():
+                return f"{path} is a file, not a folder"
+    return error.strerror or str(error)
 
 
 def _publish(partials: Sequence[Path], targets: Sequence[Path]) -> None:

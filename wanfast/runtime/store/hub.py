@@ -50,6 +50,7 @@ from wanfast.runtime.config.option import absolute, did_you_mean
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError
 from wanfast.runtime.facts.choices import Layout
 from wanfast.runtime.store.artifacts import check_root, write_synced
+from wanfast.runtime.store.atomic import hindrance
 from wanfast.runtime.store.hub_cache import PINNED, REPOS, PublishedModel, snapshots
 from wanfast.runtime.store.identity import sha256_of
 from wanfast.runtime.store.json_files import read_object
@@ -386,7 +387,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"--artifacts-dir: {folder} cannot be written ({error.strerror}); choose another folder"
+            f"--artifacts-dir: {folder} cannot be written ({hindrance(folder, error)}); choose another folder"
         ) from error
     try:
         yield
@@ -464,9 +465,8 @@ def _in_one_line(error: BaseException, request: DownloadRequest, again: str) -> 
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return ConfigError(f"--artifacts-dir: the disk of {request.folder} is full: free some space and {again}")
     if isinstance(error, OSError) and error.errno is not None:
-        return ConfigError(
-            f"--artifacts-dir: {request.folder} cannot be written ({error.strerror}): choose another folder"
-        )
+        reason = hindrance(request.folder, error)
+        return ConfigError(f"--artifacts-dir: {request.folder} cannot be written ({reason}): choose another folder")
     return CorruptArtifactError(f"the download of {repo} failed ({_first_line(error)}): {again}")
 
 

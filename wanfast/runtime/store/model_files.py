@@ -165,9 +165,9 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
     `artifacts_dir`: the artifacts folder. `experts`: the user's own experts, which replace the model's experts.
     If the weights of a published model are missing, the `exists` of the result is False. Other problems raise an error:
 
-    * ConfigError: `model` is a file. Or it is a folder, but does not hold a Wan2.2 model. Or no such folder exists, and
-      the name is nearly that of a known model.
-    * MissingArtifactError: no such folder exists, and the name is not near to that of a known model.
+    * ConfigError: `model` is a file. Or it is a folder, but does not hold a Wan2.2 model. Or it is one word, such as a
+      misspelled name, and no such folder exists.
+    * MissingArtifactError: `model` is a path with several parts, and no such folder exists.
     * CorruptArtifactError: the model's facts are damaged or contradict each other.
     """
     artifacts, published = Path(artifacts_dir).absolute(), A14B
@@ -194,8 +194,10 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
             is_missing, is_file = not root.is_dir(), root.is_file()
         if is_file:
             raise ConfigError(f"--model {model!r} is a file: {_instead_of(root)}")
-        if is_missing and root.parent == Path.cwd() and (fix := did_you_mean(root.name, NAMED_MODELS, "")):
-            raise ConfigError(f"--model {root.name}: no such folder: {fix}")
+        if is_missing and root.parent == Path.cwd():
+            raise ConfigError(
+                f"--model {root.name}: no such folder: {did_you_mean(root.name, NAMED_MODELS, _NAME_ANOTHER)}"
+            )
         if is_missing:
             raise MissingArtifactError(f"--model {model!r}: no such folder; {_NAME_ANOTHER}")
     signs = _signs(experts)
