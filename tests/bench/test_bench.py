@@ -26,6 +26,7 @@ from wanfast.bench.cells import ANOTHER_SEED, Bench, Row, planned, recipes_of
 from wanfast.bench.compare import compared
 from wanfast.bench.frames import read_frames, write_frames
 from wanfast.bench.published import PUBLISHED_S
+from wanfast.commands import bench as bench_command
 from wanfast.commands.bench import remarks_of, table_of
 from wanfast.magcache_calib.clips import read_set
 from wanfast.runtime.config.recipes import RECIPES
@@ -337,6 +338,26 @@ def test_wrong_options_are_refused_before_any_work(
     outcome = wanfast(*BENCH, *arguments)
     assert outcome.exit_code == 2 and message in outcome.err
     assert not Path("bench").exists() and not Path("artifacts/quantized").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--repeats", "0"), "--repeats 0: use 1 or more"),
+        (("--recipes", "fasst"), "--recipes fasst: no such recipe"),
+        (("--recipes", "fa3"), "--attention fa3 needs a GPU"),
+        (("--output", "cat.png"), "/cat.png is a file, not a folder); choose another folder or name"),
+        ((), "the report needs jinja2: run `pip install 'wanfast[bench]'`"),
+        (("--random-weights",), "the report needs jinja2: run `pip install 'wanfast[bench]'`"),
+    ],
+)
+def test_without_the_extra_wrong_options_are_refused_first(
+    wanfast: Wanfast, clips: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr(bench_command, "find_spec", lambda name: None if name == "jinja2" else name)
+    before = sorted(clips.parent.rglob("*"))
+    outcome = wanfast(*BENCH, *arguments)
+    assert outcome.exit_code == 2 and message in outcome.err and sorted(clips.parent.rglob("*")) == before
 
 
 def test_frames_are_stored_without_loss(tmp_path: Path) -> None:

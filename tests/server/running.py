@@ -32,7 +32,7 @@ from wanfast.server.checks import Checks, Served
 from wanfast.server.files import Files
 from wanfast.server.keys import Keys
 from wanfast.server.metrics import Metrics
-from wanfast.server.serve import ServerSettings
+from wanfast.server.settings import ServerSettings
 from wanfast.server.store import Store
 from wanfast.server.worker import Worker
 

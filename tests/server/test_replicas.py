@@ -26,7 +26,7 @@ from wanfast.runtime.processes.handle import Opened
 from wanfast.server import replicas, serve
 from wanfast.server.keys import Keys
 from wanfast.server.replicas import Replica
-from wanfast.server.serve import ServerSettings
+from wanfast.server.settings import ServerSettings
 from wanfast.server.store import NewJob
 
 __all__ = ["isolated"]

@@ -25,7 +25,7 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.server.app import create_app
 from wanfast.server.files import Files
 from wanfast.server.keys import EVERYBODY, Keys
-from wanfast.server.serve import ServerSettings
+from wanfast.server.settings import ServerSettings
 
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
 MOST_BYTES = 300_000

@@ -39,7 +39,7 @@ from wanfast.runtime.jobs.generate import FramesFile
 from wanfast.runtime.media.video_file import Mp4Writer
 from wanfast.runtime.processes.handle import Opened
 from wanfast.server import serve as serve_module
-from wanfast.server.serve import ServerSettings
+from wanfast.server.settings import ServerSettings
 from wanfast.server.store import LEASE_S, Store
 from wanfast.server.tables import JOBS
 from wanfast.server.worker import Worker
@@ -392,6 +392,24 @@ def test_a_server_without_its_packages_names_them(
     outcome = wanfast("serve")
     assert outcome.exit_code == 2
     assert outcome.err == "error: the server needs uvicorn: run `pip install 'wanfast[serve]'`\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--port", "70000"), "--port 70000: use 0 to 65535"),
+        (("--frames", "10"), "--frames 10: a video has 4n+1 frames: try 9 or 13"),
+        (("--replicas", "2"), "--replicas needs a cluster"),
+        (("--attention", "fa3", "--device", "cpu"), "--attention fa3 needs a GPU"),
+        (("--model", "tinny"), "--model tinny: no such folder: did you mean tiny?"),
+    ],
+)
+def test_wrong_options_are_refused_before_packages_are_asked_for(
+    wanfast: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr(serve_command, "find_spec", lambda name: None)
+    outcome = wanfast("serve", *arguments)
+    assert outcome.exit_code == 2 and message in outcome.err
 
 
 def test_two_servers_cannot_share_a_folder(workdir: Path, stand_in: Process) -> None:

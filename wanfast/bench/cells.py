@@ -118,6 +118,33 @@ def recipes_of(text: str) -> tuple[RecipeName, ...]:
     return tuple(dict.fromkeys(recipe for name in names for recipe in known[name]))
 
 
+def check_options(bench: Bench) -> None:
+    """Checks the options before any work. If they fit no recipe, raises the ConfigError of the first recipe."""
+    errors = []
+    for name in bench.recipes:
+        try:
+            _config(bench, name)
+        except ConfigError as error:
+            errors.append(error)
+        except WanFastError:
+            pass  # weights or a curve are missing: `planned` says so, when the weights are known
+    if len(errors) == len(bench.recipes):
+        raise errors[0]
+
+
+def _config(bench: Bench, name: RecipeName) -> EffectiveConfig:
+    """Returns the config of a recipe's videos. Raises WanFastError if the options do not fit the recipe."""
+    if RECIPES[name].num_images > 1 and bench.files.spec.takes_images:
+        raise ConfigError(
+            f"--recipes {name}: `wanfast bench` cannot measure a recipe that needs a last image: use another recipe"
+        )
+    config = effective({**NO_VIDEO, **bench.options_of(name)}, bench.files)
+    if bench.steps_measured is not None:
+        _check_steps(config.video, bench.files.spec, bench.steps_measured)
+    require_attention(config.models.attention, config.ranks.device)
+    return config
+
+
 def planned(bench: Bench, say: SayFn = lambda line: None) -> list[Row]:
     """Plans the cells of each recipe, and returns one row for each recipe.
 
@@ -137,13 +164,7 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
     of_video = {option: value for option, value in options.items() if option not in OF_HANDLE}
     largest: Options = {option: of_video[option] for option in ("size", "frames") if option in of_video}
     try:
-        if RECIPES[name].num_images > 1 and bench.files.spec.takes_images:
-            raise ConfigError(
-                f"--recipes {name}: `wanfast bench` cannot measure a recipe that needs a last image: use another recipe"
-            )
-        config = effective({**NO_VIDEO, **options}, bench.files)
-        if bench.steps_measured is not None:
-            _check_steps(config.video, bench.files.spec, bench.steps_measured)
+        config = _config(bench, name)
         _quantize_missing(bench.files, config, say)
         opened = Opened.of({**of_models, **largest})
         videos = [{**of_video, **clip.options} for clip in bench.clips]
@@ -170,7 +191,6 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
 def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) -> None:
     """Quantizes the experts that `config` needs, if they are not stored yet. Raises WanFastError."""
     models, device = config.models, config.ranks.device
-    require_attention(models.attention, device)
     if models.quantize is None or models.quantize_on_the_fly:
         return
     experts = [quantized_expert(files, models, expert) for expert in EXPERTS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from wanfast.bench.cells import Bench, Cells, planned, recipes_of
+from wanfast.bench.cells import Bench, Cells, check_options, planned, recipes_of
 from wanfast.bench.figures import report_of
 from wanfast.bench.measure import measure, missing
 from wanfast.bench.output import check_folder, with_random_weights, write_report
@@ -87,9 +88,6 @@ def bench(
     for option, value in (("--repeats", repeats), ("--steps-measured", steps_measured)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: use 1 or more")
-    for package in ("matplotlib", "jinja2"):
-        if find_spec(package) is None:
-            raise ConfigError(f"the report needs {package}: run `{install('bench')}`")
     refuse_launchers("this command", "type `wanfast bench`", "--num-gpus ")
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
 
@@ -102,16 +100,21 @@ def bench(
         of_model: dict[str, Any] = {name: given[name] for name in ("model", "artifacts_dir") if name in given}
         files = model_of({**NO_VIDEO, **of_model})
         clips = _clips(set_, seed, files.spec)
-        if random_weights:
-            given, files = with_random_weights(given, files, say)
-        files.require()
         no_quality = _no_quality(random_weights, steps_measured)
         asked = Bench(names, clips, given, files, repeats, steps_measured, no_quality)
+        check_options(asked)
+        check_folder(folder)
+        for package in ("matplotlib", "jinja2"):
+            if find_spec(package) is None:
+                raise ConfigError(f"the report needs {package}: run `{install('bench')}`")
+        if random_weights:
+            given, files = with_random_weights(given, files, say)
+            asked = dataclasses.replace(asked, given=given, files=files)
+        files.require()
         rows = planned(asked, say)
     cells = Cells(Path(next(row.opened for row in rows if row.opened).placed.config.models.artifacts_dir))
     with writing_to(cells.root):
         cells.root.mkdir(parents=True, exist_ok=True)
-    check_folder(folder)
     num_videos = sum(len(row.cells) for row in rows)
     if stored := num_videos - missing(rows, cells):
         again = shlex.join(["rm", "-r", str(cells.folder)])

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from wanfast.commands import options
-from wanfast.runtime.config import default_artifacts_dir
+from wanfast.runtime.config import accepted, default_artifacts_dir
 from wanfast.runtime.config.option import FILES, SERVER, absolute
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.packages import install
-from wanfast.runtime.processes.handle import OF_ALL_VIDEOS, OF_HANDLE, Opened
+from wanfast.runtime.processes.handle import OF_ALL_VIDEOS, OF_HANDLE, Opened, checked
+from wanfast.server.settings import ServerSettings
 
 
 @options.takes_options("serve")
@@ -99,15 +100,8 @@ def serve(
     --size and --frames state the largest clip that a client may request. A longer video has up to --max-clips clips.
     The other options of a video are defaults, which a request may override.
     """
-    for package in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client", "python_multipart"):
-        if find_spec(package) is None:
-            raise ConfigError(f"the server needs {package}: run `{install('serve')}`")
-    from wanfast.server.replicas import serve_on
-    from wanfast.server.serve import ServerSettings
-    from wanfast.server.serve import serve as run
-
     _check_ray(ray, replicas, database, port)
-    given = options.given(context)
+    given = accepted(options.given(context))
     of_open = {name for name in given if name in OF_HANDLE | OF_ALL_VIDEOS}
     artifacts_dir = given.get("artifacts_dir") or default_artifacts_dir()
     settings = ServerSettings(
@@ -122,7 +116,15 @@ def serve(
         max_clips=max_clips,
     )
     defaults: dict[str, Any] = {name: value for name, value in given.items() if name not in of_open}
-    opened = Opened.of({name: given[name] for name in of_open})
+    asked = {name: given[name] for name in of_open}
+    checked(asked)
+    for package in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client", "python_multipart"):
+        if find_spec(package) is None:
+            raise ConfigError(f"the server needs {package}: run `{install('serve')}`")
+    from wanfast.server.replicas import serve_on
+    from wanfast.server.serve import serve as run
+
+    opened = Opened.of(asked)
     if ray is None:
         run(settings, opened, defaults)
     else:

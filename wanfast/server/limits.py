@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
@@ -10,6 +9,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wanfast.server.replies import ApiError
+from wanfast.server.settings import is_loopback
 
 _POLICY = (  # of the pages; an answer that is no page has no use for it
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob:; media-src blob:; connect-src 'self'; "
@@ -76,14 +76,6 @@ class Limits:
 def answer(error: ApiError) -> JSONResponse:
     """Converts an error to the HTTP response that the client gets."""
     return JSONResponse(error.document(), error.status, headers=error.headers)
-
-
-def is_loopback(host: str) -> bool:
-    """Returns whether a host name or address is a loopback address, which only this machine can reach."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_origin(headers: Mapping[str, str]) -> None:

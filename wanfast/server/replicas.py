@@ -24,7 +24,8 @@ from wanfast.server.app import create_app
 from wanfast.server.checks import Served
 from wanfast.server.files import Files
 from wanfast.server.keys import Keys
-from wanfast.server.serve import ServerSettings, address_of, keys_of, parts_of, print_ready, warm_up_of
+from wanfast.server.serve import address_of, keys_of, parts_of, print_ready, warm_up_of
+from wanfast.server.settings import ServerSettings
 from wanfast.server.store import Store
 
 _APP = "wanfast"

@@ -7,8 +7,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -26,49 +24,12 @@ from wanfast.server.app import Parts, create_app
 from wanfast.server.checks import Checks, Served
 from wanfast.server.files import Files
 from wanfast.server.keys import Keys
-from wanfast.server.limits import is_loopback
 from wanfast.server.metrics import Metrics
+from wanfast.server.settings import ServerSettings
 from wanfast.server.store import Store
 from wanfast.server.worker import Worker
 
 _CLOSING_S = 5  # connections get this long to end
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """This class holds the options of `wanfast serve` that concern only the server, not its videos."""
-
-    host: str
-    port: int
-    data_dir: Path
-    database: str | None = None
-    api_key_file: Path | None = None
-    max_queue: int = 100
-    max_upload_mb: int = 32
-    keep_hours: float = 24.0
-    max_clips: int = 3  # 12 seconds, the longest that clients know, of the published model
-
-    def __post_init__(self) -> None:
-        if not is_loopback(self.host) and self.api_key_file is None:
-            raise ConfigError(
-                f"--host {self.host} lets other machines use the server: add --api-key-file FILE, or use "
-                "--host 127.0.0.1"
-            )
-        if self.database is not None and not self.database.startswith("postgresql"):
-            raise ConfigError(
-                "--database is not postgresql://USER@HOST/NAME: fix the URL, or drop --database to use SQLite"
-            )
-        for name, value, low, high in (
-            ("--port", self.port, 0, 65535), ("--max-queue", self.max_queue, 1, 1_000_000),
-            ("--max-upload-mb", self.max_upload_mb, 1, 1000), ("--keep-hours", self.keep_hours, 0.001, 87600),
-            ("--max-clips", self.max_clips, 1, 100),
-        ):  # fmt: skip
-            if not low <= value <= high:
-                raise ConfigError(f"{name} {value:.15g}: use {low:.15g} to {high:.15g}")
-
-    @property
-    def database_url(self) -> str:
-        return self.database or f"sqlite:///{self.data_dir / 'jobs.sqlite'}"
 
 
 def serve(

@@ -18,7 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from wanfast.runtime.config import NO_VIDEO, OPTIONS, ModelsConfig, OutputConfig, RanksConfig, accepted, parse_size
+from wanfast.runtime.config import (
+    NO_VIDEO,
+    OPTIONS,
+    EffectiveConfig,
+    ModelsConfig,
+    OutputConfig,
+    RanksConfig,
+    accepted,
+    parse_size,
+)
 from wanfast.runtime.config.models import OF_LOSSY
 from wanfast.runtime.config.option import absolute, options_of
 from wanfast.runtime.config.precedence import without_overridden
@@ -125,14 +134,7 @@ class Opened:
         group, or if the video does not fit into memory.
         """
         asked = accepted(asked)
-        _refuse(asked, asked.keys() - OF_HANDLE - OF_ALL_VIDEOS, "a video", "Handle.make")
-        if asked.get("nnodes", 1) != 1:
-            raise ConfigError("a handle uses one machine: drop nnodes")
-        refuse_launchers("this program", "run it", "num_gpus=")
-        given = {**NO_VIDEO, **_of_any_plan(asked)}
-        files = model_of(given)
-        config = effective(given, files)
-        require_attention(config.models.attention, config.ranks.device)
+        given, files, config = checked(asked)
         files.require()
         files.identify()
         required: set[tuple[QuantizedExpert, bool]] = set()
@@ -182,6 +184,24 @@ class Opened:
         (plan,) = place([plan], self.free_memory, self.placed.mesh)
         check_skips(plan)
         return plan
+
+
+def checked(asked: dict[str, Any]) -> tuple[dict[str, Any], ModelFiles, EffectiveConfig]:
+    """Checks the options of `open` without looking for weights.
+
+    Returns the options of the largest video, the model's files and the config. Raises WanFastError if an option is
+    wrong.
+    """
+    asked = accepted(asked)
+    _refuse(asked, asked.keys() - OF_HANDLE - OF_ALL_VIDEOS, "a video", "Handle.make")
+    if asked.get("nnodes", 1) != 1:
+        raise ConfigError("a handle uses one machine: drop nnodes")
+    refuse_launchers("this program", "run it", "num_gpus=")
+    given = {**NO_VIDEO, **_of_any_plan(asked)}
+    files = model_of(given)
+    config = effective(given, files)
+    require_attention(config.models.attention, config.ranks.device)
+    return given, files, config
 
 
 class Handle:
