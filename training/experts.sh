@@ -4,10 +4,10 @@
 #   bash training/experts.sh FOLDER EXPERTS_END END [OPTION...]     # two times, in seconds since 1970
 #
 # Each OPTION goes to `python3 -m training`, such as `--start DIR` to train the experts of a model further. While the
-# clips are encoded, `training.compiled` looks for a way of compiling whose gradients are right. The learning rate decays
+# clips are encoded, `training.compiled` looks for ways of compiling whose gradients are right. The learning rate decays
 # over the last half of the steps (with --start, over all of them), so their number must be known before the first one.
-# It comes from the seconds that a step takes. If gradients are wrong nevertheless, the stage ends, and continues from
-# its checkpoint uncompiled.
+# It comes from the seconds that a step takes. If gradients are wrong nevertheless, the stage ends, and the next way
+# continues from its checkpoint, at last without compilation.
 # END equal to EXPERTS_END leaves the decoder as it is.
 set -u
 folder=$1 experts_end=$2 end=$3
@@ -22,13 +22,13 @@ seconds() { case $1 in none | aot*) echo 0.0565 ;; no_fusion) echo 0.045 ;; *) e
 
 limit=$experts_end
 mkdir -p "$folder"
-# An earlier call may have left a checkpoint, and the way and the number of its steps.
+# An earlier call may have left a checkpoint, the ways and the number of its steps.
 if [ ! -e "$folder/experts.pt" ]; then
-  python3 -m training.compiled "${smoke[@]}" > "$folder/way" &
+  python3 -m training.compiled "${smoke[@]}" > "$folder/ways" &
   train --stage experts --expert-steps 0 && rm "$folder"/experts.* # encodes the clips
   wait
 fi
-for way in "$(cat "$folder/way")" none; do
+for way in $(cat "$folder/ways") none; do
   [ "$(left "$experts_end")" -gt 60 ] || break
   echo "experts: way $way"
   [ -e "$folder/experts.pt" ] || steps "$experts_end" 60 "$(seconds "$way")" > "$folder/expert-steps"
