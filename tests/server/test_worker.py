@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -195,6 +197,37 @@ def test_the_queue_waits_while_the_disk_is_full(
             assert [server.show(video)["status"] for video in videos] == ["queued"] * 2
         assert [server.ended(video)["status"] for video in videos] == ["completed"] * 2
     assert capsys.readouterr().err.count("less than 239.6 kB are free, so the queue waits") == 1
+
+
+def test_a_log_that_cannot_be_written_costs_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk of the log may be full."""
+    monkeypatch.setattr(worker_module, "_IDLE_S", 0.02)
+    with open("/dev/full", "w", buffering=1) as full, running(tmp_path) as server:
+        monkeypatch.setattr(sys, "stderr", full)
+        with monkeypatch.context() as no_room:
+            no_room.setattr(type(server.files), "free_bytes", lambda self: 0)
+            until(lambda: not server.worker._had_room)
+        server.maker.errors += [ConfigError("a bad option"), ZeroDivisionError("a bug")]
+        videos = [server.create() for _ in range(3)]
+        assert [server.ended(video)["status"] for video in videos] == ["failed", "failed", "completed"]
+        assert not server.errors
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
+
+
+def test_an_error_of_the_writer_is_raised_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: object) -> None:
+        monkeypatch.undo()
+        raise ZeroDivisionError
+
+    with running(tmp_path) as server:
+        monkeypatch.setattr(type(server.worker), "_finish", broken)
+        videos = [server.create() for _ in range(3)]
+        assert [server.ended(video)["status"] for video in videos[1:]] == ["failed", "completed"]
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_folder_that_fails_for_a_moment_ends_nothing(

@@ -208,8 +208,9 @@ class Worker:
                 video = self._made(run, run.report, partial(self._record, run, opened), {**run.job.options, **given})
             finally:
                 image.unlink(missing_ok=True)
-            if self._writing is not None:
-                self._writing.result()  # so that no more than two videos lie in memory
+            writing, self._writing = self._writing, None  # an error of the writer is raised once
+            if writing is not None:
+                writing.result()  # so that no more than two videos lie in memory
             self._writing = self._writer.submit(self._finish, run, video, opened.pop_all())
         if self._lost_ranks:
             self._lost_ranks = False
@@ -264,7 +265,8 @@ class Worker:
             yield
         except Exception as error:  # noqa: BLE001 - a bug costs one job too, and its traceback is printed
             if not isinstance(error, WanFastError):
-                traceback.print_exception(error)
+                with suppress(OSError):  # of a log on a full disk
+                    traceback.print_exception(error)
             elif not isinstance(error, CancelledError):
                 note(f"{run.job.id}: {error}")
             if isinstance(error, RankFailedError):

@@ -226,8 +226,9 @@ def writing_to(place: Path) -> Iterator[None]:
 
 
 def note(line: str) -> None:
-    """Prints a note for the user on stderr."""
-    print(f"note: {line}", file=sys.stderr)
+    """Prints a note for the user on stderr, if stderr can be written."""
+    with suppress(OSError):  # a full disk, or a pipe that nobody reads, ends no video
+        print(f"note: {line}", file=sys.stderr)
 
 
 @contextmanager
