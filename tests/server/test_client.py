@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -181,18 +183,37 @@ def test_sync_answers_with_the_video(server: Running) -> None:
     assert (answer.status, answer.error["code"]) == (500, "server_error")
 
 
+def leave_sync(server: Running, **headers: str) -> None:
+    """Sends a request to /v1/videos/sync, and closes the connection before the answer."""
+    body = json.dumps({"prompt": "a", "input_reference": data_url(STAR.read_bytes())}).encode()
+    given = {"Content-Type": "application/json", **headers}
+    with pytest.raises(TimeoutError):
+        urllib.request.urlopen(urllib.request.Request(f"{server.url}/v1/videos/sync", body, given), timeout=0.5)
+
+
 def test_a_video_of_sync_is_cancelled_if_its_client_leaves(server: Running) -> None:
     server.maker.holds.set()
     before = server.metric('wanfast_failures_total{code="cancelled"}')
-    with pytest.raises(TimeoutError):
-        import urllib.request
-
-        body = json.dumps({"prompt": "a", "input_reference": data_url(STAR.read_bytes())}).encode()
-        request = urllib.request.Request(f"{server.url}/v1/videos/sync", body, {"Content-Type": "application/json"})
-        urllib.request.urlopen(request, timeout=0.5)
+    leave_sync(server)
     until(lambda: server.ask("GET", "/v1/videos?limit=1").document["data"][0]["status"] == "failed")
     until(server.maker.cancelled.is_set)
     assert server.metric('wanfast_failures_total{code="cancelled"}') == before + 1
+
+
+def test_a_video_of_sync_with_a_key_is_not_cancelled_if_its_client_leaves(server: Running) -> None:
+    """The client may send the request again, and another request may wait for the same video."""
+    server.maker.holds.set()
+    headers = {"Idempotency-Key": "sync"}
+    leave_sync(server, **headers)
+    with ThreadPoolExecutor(1) as pool:
+        picture = data_url(STAR.read_bytes())
+        waiting = pool.submit(
+            server.ask, "POST", "/v1/videos/sync", headers=headers, prompt="a", input_reference=picture
+        )
+        leave_sync(server, **headers)
+        time.sleep(0.7)  # the server notices within half a second that a client has left
+        server.maker.holds.clear()
+        assert waiting.result().status == 200
 
 
 def test_ranges_of_a_video_are_served(server: Running) -> None:

@@ -99,7 +99,7 @@ def test_a_job_ends_once(store: Store) -> None:
     changes: list[Callable[[], object]] = [
         lambda: store.complete(job, "another", {}, 1), lambda: store.fail(job, "x", "y"),
         lambda: store.requeue(job, counts=True), lambda: store.hold(job, "", 0), lambda: store.is_held(job),
-        lambda: store.recover(all_lost=True),
+        lambda: any(store.recover(all_lost=True)),
     ]  # fmt: skip
     assert not any(change() for change in changes)
     assert again(store, job) == ended
@@ -117,7 +117,7 @@ def test_a_failed_job_says_why(store: Store) -> None:
 def test_a_lost_attempt_cannot_change_the_job_that_runs_again(store: Store) -> None:
     add(store)
     lost = claimed(store)
-    assert store.recover(all_lost=True) == 1
+    assert store.recover(all_lost=True) == (1, 0)
     assert not store.is_held(lost) and again(store, lost).status == "queued"
     new = claimed(store)
     assert (new.number, new.attempts) == (lost.number, 2) and new.attempt != lost.attempt
@@ -130,11 +130,11 @@ def test_a_job_that_ends_its_server_runs_again_at_most_twice(store: Store) -> No
     add(store)
     for attempt in range(1, MOST_ATTEMPTS + 1):
         assert claimed(store).attempts == attempt
-        assert store.recover(all_lost=True) == 1
+        assert store.recover(all_lost=True) == ((1, 0) if attempt < MOST_ATTEMPTS else (0, 1))
     assert store.claim() is None
     (job,), _ = store.page("a", 1, None, "asc") or ([], False)
     assert (job.status, job.error_code) == ("failed", "server_error") and "3 times" in str(job.error_message)
-    assert store.image(job) is None and store.recover(all_lost=True) == 0
+    assert store.image(job) is None and store.recover(all_lost=True) == (0, 0)
 
 
 def test_an_attempt_is_lost_if_its_lease_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,11 +142,11 @@ def test_an_attempt_is_lost_if_its_lease_ends(store: Store, monkeypatch: pytest.
     add(store)
     job = claimed(store)
     time.sleep(0.2)
-    assert store.recover(all_lost=False) == 0 and store.hold(job, "", 1)
+    assert store.recover(all_lost=False) == (0, 0) and store.hold(job, "", 1)
     time.sleep(0.2)
-    assert store.recover(all_lost=False) == 0
+    assert store.recover(all_lost=False) == (0, 0)
     time.sleep(0.2)
-    assert store.recover(all_lost=False) == 1 and not store.hold(job, "", 2)
+    assert store.recover(all_lost=False) == (1, 0) and not store.hold(job, "", 2)
 
 
 def test_servers_whose_clocks_differ_lose_no_attempt(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,10 +155,10 @@ def test_servers_whose_clocks_differ_lose_no_attempt(postgres: str, monkeypatch:
     with monkeypatch.context() as late:
         late.setattr(store_module.time, "time", lambda: 0.0)  # of a machine whose clock was never set
         job = claimed(ours)
-        assert other.recover(all_lost=False) == 0 and ours.hold(job, "high noise", 5)
-    assert other.recover(all_lost=False) == 0 and ours.is_held(job)
+        assert other.recover(all_lost=False) == (0, 0) and ours.hold(job, "high noise", 5)
+    assert other.recover(all_lost=False) == (0, 0) and ours.is_held(job)
     monkeypatch.setattr(store_module, "LEASE_S", -1.0)
-    assert ours.hold(job, "high noise", 6) and other.recover(all_lost=False) == 1
+    assert ours.hold(job, "high noise", 6) and other.recover(all_lost=False) == (1, 0)
     for opened in (ours, other):
         opened.close()
 
@@ -177,25 +177,33 @@ def test_a_cancelled_job_has_failed_and_its_attempt_is_over(store: Store) -> Non
     running, queued = add(store), add(store)
     job = claimed(store)
     for cancelled in (running, queued):
-        shown = store.cancel(cancelled.id, "a")
-        assert shown and (shown.status, shown.error_code) == ("failed", "cancelled")
+        shown, has_ended = store.cancel(cancelled.id, "a") or (None, None)
+        assert shown and (shown.status, shown.error_code, has_ended) == ("failed", "cancelled", True)
+        assert store.cancel(cancelled.id, "a") == (shown, False)
     assert not store.is_held(job) and not store.complete(job, "late", {}, 1)
     assert store.claim() is None and store.image(queued) is None
+
+
+def test_of_many_cancels_at_once_one_ends_the_job(store: Store) -> None:
+    job = add(store)
+    with ThreadPoolExecutor(8) as pool:
+        ended = list(pool.map(lambda _: store.cancel(job.id, "a"), range(24)))
+    assert sum(found[1] for found in ended if found) == 1
 
 
 def test_a_completed_job_stays_so_if_it_is_cancelled(store: Store) -> None:
     job = add(store)
     store.complete(claimed(store), "file", {}, 60)
-    shown = store.cancel(job.id, "a")
-    assert shown and (shown.status, shown.output) == ("completed", "file")
+    shown, has_ended = store.cancel(job.id, "a") or (None, None)
+    assert shown and (shown.status, shown.output, has_ended) == ("completed", "file", False)
 
 
 def test_a_deleted_job_is_gone_for_its_owner(store: Store) -> None:
     job = add(store)
     running = claimed(store)
     assert store.cancel(job.id, "b", deletes=True) is None
-    deleted = store.cancel(job.id, "a", deletes=True)
-    assert deleted and deleted.status == "in_progress" and not store.is_held(running)
+    deleted, has_ended = store.cancel(job.id, "a", deletes=True) or (None, None)
+    assert deleted and deleted.status == "in_progress" and has_ended and not store.is_held(running)
     assert store.find(job.id, "a") is None and store.page("a", 9, None, "asc") == ([], False)
     assert store.cancel(job.id, "a", deletes=True) is None
 

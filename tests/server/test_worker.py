@@ -20,11 +20,13 @@ from tests.attention_plan import store_a_plan
 from tests.server.running import SMALL, STAR, WARM_UP, Running, StandIn, data_url, running, until
 from wanfast.runtime.errors import CancelledError, ConfigError, MissingArtifactError, NotFiniteError, RankFailedError
 from wanfast.runtime.media.video_file import Mp4Writer
+from wanfast.runtime.processes.handle import Opened
 from wanfast.server import app as app_module
 from wanfast.server import store as store_module
 from wanfast.server import worker as worker_module
 from wanfast.server.checks import Checks, Served
-from wanfast.server.serve import warm_up_of
+from wanfast.server.keys import Keys
+from wanfast.server.serve import ServerSettings, parts_of, warm_up_of
 from wanfast.server.store import MOST_ATTEMPTS, NewJob, Store
 
 
@@ -202,7 +204,7 @@ def test_the_queue_waits_while_the_disk_is_full(
 def test_a_log_that_cannot_be_written_costs_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk of the log may be full."""
     monkeypatch.setattr(worker_module, "_IDLE_S", 0.02)
-    with open("/dev/full", "w", buffering=1) as full, running(tmp_path) as server:
+    with Path("/dev/full").open("w", buffering=1) as full, running(tmp_path) as server:
         monkeypatch.setattr(sys, "stderr", full)
         with monkeypatch.context() as no_room:
             no_room.setattr(type(server.files), "free_bytes", lambda self: 0)
@@ -542,6 +544,30 @@ def test_files_that_dead_servers_left_are_removed(tmp_path: Path, monkeypatch: p
         time.sleep(0.3)
         assert server.ask("GET", f"/v1/videos/{video}/content").status == 200
     assert (folder / "jobs.sqlite").exists()
+
+
+def test_jobs_that_lost_all_their_attempts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "_SWEEP_S", 0.05)
+    monkeypatch.setattr(worker_module, "MOST_ATTEMPTS", 1)
+    monkeypatch.setattr(store_module, "MOST_ATTEMPTS", 1)
+    with running(tmp_path) as server:
+        monkeypatch.setattr(store_module, "LEASE_S", -1.0)
+        server.maker.holds.set()
+        assert server.ended(server.create())["error"]["code"] == "server_error"
+        until(lambda: server.metric('wanfast_failures_total{code="server_error"}') == 1)
+
+
+def test_jobs_that_the_next_server_fails_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "MOST_ATTEMPTS", 1)
+    settings = ServerSettings(host="127.0.0.1", port=0, data_dir=tmp_path)
+    store = Store(settings.database_url)
+    new = NewJob(owner="a", options={}, model="tiny", size="64x64", seconds="1", fingerprint="f")
+    store.add(new, b"", 1)
+    assert store.claim()
+    store.close()
+    opened = Opened.of({**SMALL, "artifacts_dir": str(tmp_path / "artifacts")})
+    with parts_of(settings, Keys(), opened, {"steps": 3}, start=StandIn) as parts:  # type: ignore[arg-type]
+        assert 'wanfast_failures_total{code="server_error"} 1.0' in parts.metrics.text().decode()
 
 
 def test_the_metrics_say_what_was_made(tmp_path: Path) -> None:

@@ -126,22 +126,13 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
 
     @app.post("/v1/videos/{video_id}/cancel", summary="Cancel a video; the list then shows it as failed")
     def cancel(video_id: str, owner: str = owned) -> JSONResponse:
-        before = _found(store, video_id, owner)
-        job = store.cancel(video_id, owner)
-        if job is None:
-            raise _missing()
-        _count(parts, before, job)
-        return _shown(parts, job)
+        return _shown(parts, _cancelled(parts, video_id, owner))
 
     @app.delete("/v1/videos/{video_id}", summary="Delete a video; a video that is being made is cancelled first")
     def remove(video_id: str, owner: str = owned) -> dict[str, Any]:
-        job = store.cancel(video_id, owner, deletes=True) if _ID.fullmatch(video_id) else None
-        if job is None:
-            raise _missing()
+        job = _cancelled(parts, video_id, owner, deletes=True)
         if job.output is not None:
             files.remove(job.output)
-        if not job.has_ended:
-            parts.metrics.failed(CANCELLED)
         return {"id": video_id, "object": "video.deleted", "deleted": True}
 
     @app.get("/v1/models", summary="List the model that is loaded")
@@ -258,15 +249,19 @@ def _add(asked: Asked, owner: str, key: str | None, parts: Parts) -> StoredJob:
 
 
 async def _awaited(request: Request, job: StoredJob, parts: Parts) -> Response:
-    """Returns the file of a job when it has ended. If the client leaves, the job is cancelled."""
+    """Returns the file of a job when it has ended.
+
+    If the client leaves, the job is cancelled, unless the request has an Idempotency-Key: with such a key, the client
+    can send the request again, and another request may wait for the same job.
+    """
     while not job.has_ended:
         if parts.worker.is_stopping:
             raise ApiError(
                 503, f"the server is stopping; after a restart it makes {job.id}", code="stopping", headers=_BUSY
             )
         if await request.is_disconnected():
-            cancelled = await run_in_threadpool(parts.store.cancel, job.id, job.owner)
-            _count(parts, job, cancelled or job)
+            if "idempotency-key" not in request.headers:
+                await run_in_threadpool(_cancelled, parts, job.id, job.owner)
             return Response(status_code=_CLIENT_LEFT)
         await asyncio.sleep(WATCH_S)
         job = await run_in_threadpool(_found, parts.store, job.id, job.owner)
@@ -280,6 +275,16 @@ def _found(store: Store, video_id: str, owner: str) -> StoredJob:
     job = store.find(video_id, owner) if _ID.fullmatch(video_id) else None
     if job is None:
         raise _missing()
+    return job
+
+
+def _cancelled(parts: Parts, video_id: str, owner: str, *, deletes: bool = False) -> StoredJob:
+    """Cancels a job as `Store.cancel` does, counts a job that ended now, and returns the job. Raises ApiError."""
+    found = parts.store.cancel(video_id, owner, deletes=deletes) if _ID.fullmatch(video_id) else None
+    if found is None:
+        raise _missing()
+    job, has_ended = found
+    parts.metrics.failed(CANCELLED, has_ended)
     return job
 
 
@@ -321,11 +326,6 @@ class _Download(FileResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._opened:
             await super().__call__(scope, receive, send)
-
-
-def _count(parts: Parts, before: StoredJob, after: StoredJob) -> None:
-    if not before.has_ended and after.error_code == CANCELLED:
-        parts.metrics.failed(CANCELLED)
 
 
 def _content(*, takes_images: bool) -> dict[str, Any]:

@@ -41,9 +41,9 @@ class Metrics:
         for stage, value in seconds.items():
             self._stages.labels(stage).observe(value)
 
-    def failed(self, code: str) -> None:
-        """Counts a job that ended without a video; `code` is the code of its error."""
-        self._failed.labels(code).inc()
+    def failed(self, code: str, number: int = 1) -> None:
+        """Counts `number` jobs that ended without a video; `code` is the code of their error."""
+        self._failed.labels(code).inc(number)
 
     def ranks_failed(self) -> None:
         """Counts one failure of the ranks: the ranks died, or they hung."""

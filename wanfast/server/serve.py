@@ -26,7 +26,7 @@ from wanfast.server.files import Files
 from wanfast.server.keys import Keys
 from wanfast.server.metrics import Metrics
 from wanfast.server.settings import ServerSettings
-from wanfast.server.store import Store
+from wanfast.server.store import FAULT, Store
 from wanfast.server.worker import Worker
 
 _CLOSING_S = 5  # connections get this long to end
@@ -86,10 +86,10 @@ def parts_of(
     served, files = Served.of(opened, defaults, settings.max_clips), Files(settings.data_dir)
     warm_up = warm_up_of(opened, served, files)
     store = Store(settings.database_url)
+    metrics = Metrics(store, has_gpus=opened.placed.config.ranks.device == "cuda")
     if not store.is_shared:
-        store.recover(all_lost=True)
+        metrics.failed(FAULT, store.recover(all_lost=True)[1])
     with start(opened) as handle:
-        metrics = Metrics(store, has_gpus=opened.placed.config.ranks.device == "cuda")
         worker = Worker(
             store,
             handle,

@@ -47,6 +47,7 @@ Order = Literal["asc", "desc"]
 MOST_ATTEMPTS = 3
 LEASE_S = 30.0
 CANCELLED = "cancelled"
+FAULT = "server_error"  # the code of an error that no request causes
 _HISTORY_S = 30 * 86400.0  # a job that ended is remembered this long after its video has expired
 _LOST = f"the server ended {MOST_ATTEMPTS} times while it made this video"
 
@@ -289,22 +290,22 @@ class Store:
         """
         return self._change(job, **_queued(), attempts=job.attempts if counts else job.attempts - 1)
 
-    def recover(self, *, all_lost: bool) -> int:
-        """Queues the jobs of lost attempts again, and returns the number of lost attempts.
+    def recover(self, *, all_lost: bool) -> tuple[int, int]:
+        """Queues the jobs of lost attempts again; returns (the number of queued jobs, the number of failed jobs).
 
-        A job that has used all its MOST_ATTEMPTS attempts fails instead. If `all_lost` is true, every running attempt
-        counts as lost. Otherwise, an attempt is lost if its lease has expired.
+        A job that has used all its MOST_ATTEMPTS attempts fails instead, with the code FAULT. If `all_lost` is true,
+        every running attempt counts as lost. Otherwise, an attempt is lost if its lease has expired.
         """
         expired = JOBS.c.lease_until < self._now()
         lost = and_(JOBS.c.status == "in_progress", true() if all_lost else expired)
         with self._writing() as connection:
-            over = update(JOBS).where(lost, JOBS.c.attempts >= MOST_ATTEMPTS).values(**_failed("server_error", _LOST))
-            ended = self._end(connection, over)
+            over = update(JOBS).where(lost, JOBS.c.attempts >= MOST_ATTEMPTS).values(**_failed(FAULT, _LOST))
+            failed = self._end(connection, over)
             again = connection.execute(update(JOBS).where(lost).values(**_queued()))
-        return ended + again.rowcount
+        return again.rowcount, failed
 
-    def cancel(self, video: str, owner: str, *, deletes: bool = False) -> StoredJob | None:
-        """Cancels a job; returns the job, or None if the owner has no such job.
+    def cancel(self, video: str, owner: str, *, deletes: bool = False) -> tuple[StoredJob, bool] | None:
+        """Cancels a job; returns (the job, whether this call ended it), or None if the owner has no such job.
 
         A queued or running job ends with the error code `cancelled`. A job that has already ended keeps its status.
         If `deletes` is true, the owner can no longer see the job, and its prompt, other options and `facts` are
@@ -315,11 +316,12 @@ class Store:
             row = connection.execute(select(JOBS).where(mine).with_for_update()).one_or_none()
             if row is None:
                 return None
-            self._end(connection, update(JOBS).where(mine, _unended()).values(**_failed(CANCELLED, "cancelled")))
+            change = update(JOBS).where(mine, _unended()).values(**_failed(CANCELLED, "cancelled"))
+            has_ended = self._end(connection, change) == 1
             if deletes:
                 connection.execute(update(JOBS).where(mine).values(deleted=True, options="{}", facts=None))
-                return StoredJob.of(row)
-            return StoredJob.of(connection.execute(select(JOBS).where(mine)).one())
+                return StoredJob.of(row), has_ended
+            return StoredJob.of(connection.execute(select(JOBS).where(mine)).one()), has_ended
 
     def outputs(self) -> set[str]:
         """Returns the names of the attempts whose files must be kept.

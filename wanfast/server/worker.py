@@ -33,7 +33,7 @@ from wanfast.runtime.store.artifacts import note
 from wanfast.server.files import Files
 from wanfast.server.metrics import Metrics
 from wanfast.server.replies import in_fields, without_paths
-from wanfast.server.store import MOST_ATTEMPTS, Store, StoredJob
+from wanfast.server.store import FAULT, MOST_ATTEMPTS, Store, StoredJob
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,12 +53,11 @@ _OF_THE_PLAN = (
     "mesh", "seed",
 )  # fmt: skip
 _WRITING = "writing"  # a stage, in which no error is the client's
-_FAULT = "server_error"
 _CODES: tuple[tuple[type[Exception], str], ...] = (
     (RankFailedError, "rank_failed"),
     (NotFiniteError, "not_finite"),
     (ConfigError, "invalid_video"),
-    (Exception, _FAULT),
+    (Exception, FAULT),
 )
 _UNSAID = "the server could not make this video; the server's log has the reason"
 T = TypeVar("T")
@@ -286,7 +285,7 @@ class Worker:
         is_for_clients = isinstance(error, ConfigError | NotFiniteError) and run.stage != _WRITING
         message = without_paths(in_fields(error)[0], _UNSAID) if is_for_clients else _UNSAID
         if isinstance(error, ConfigError) and message == _UNSAID:  # of a folder or a disk, and not of the request
-            code = _FAULT
+            code = FAULT
         ended = self._store.fail(job, code, message)
         if ended:
             self._metrics.failed(code)
@@ -323,7 +322,9 @@ class Worker:
 
     def _sweep(self) -> None:
         """Queues the jobs of lost attempts again, and removes files and rows that are no longer needed."""
-        if self._store.recover(all_lost=False):
+        queued, failed = self._store.recover(all_lost=False)
+        self._metrics.failed(FAULT, failed)
+        if queued:
             self.wake()
         listed = self._files.listed()
         self._files.sweep(listed, self._store.outputs())
