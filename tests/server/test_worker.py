@@ -464,6 +464,31 @@ def test_a_database_that_fails_for_a_moment_costs_no_video(tmp_path: Path, monke
         assert server.ended(server.create())["status"] == "completed"
 
 
+def test_a_database_that_fails_after_a_claim_ends_no_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image comes with the job, so that no read of the database can fail between a claim and a video."""
+    with running(tmp_path) as server:
+        claim, fails = Store.claim, threading.Event()
+
+        def failing(store: Store) -> Any:
+            found = claim(store)
+            if found:
+                fails.set()
+            return found
+
+        def reading(store: Store) -> Any:
+            if fails.is_set():
+                raise OperationalError("SELECT", {}, Exception("the connection is gone"))
+            return store._engine.execution_options(reads=True).begin()
+
+        monkeypatch.setattr(Store, "claim", failing)
+        monkeypatch.setattr(Store, "_reading", reading)
+        monkeypatch.setattr(worker_module, "_DATABASE_S", 0.5)
+        video = server.create()
+        until(lambda: server.maker.made, 3)
+        monkeypatch.undo()
+        assert server.ended(video)["status"] == "completed" and len(server.maker.made) == 1
+
+
 def test_a_database_that_does_not_answer_is_an_error_of_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,10 +226,11 @@ class Store:
             rows = connection.execute(found.where(_unended())).all()
         return {"queued": 0, "in_progress": 0} | {row[0]: row[1] for row in rows}
 
-    def claim(self) -> StoredJob | None:
-        """Starts an attempt of the next queued job, and returns the job; None if no job is queued.
+    def claim(self) -> tuple[StoredJob, bytes] | None:
+        """Starts an attempt of the next queued job; returns (the job, its image), or None if no job is queued.
 
-        The next job is the one with the highest priority; among jobs of equal priority, the oldest.
+        The image is the content of the image file, empty for a job without an image. The next job is the one with the
+        highest priority; among jobs of equal priority, the oldest.
         """
         following = (
             select(JOBS.c.number)
@@ -244,13 +245,8 @@ class Store:
             values = {"claim": secrets.token_hex(8), "lease_until": self._lease(), "stage": "", "progress": 0}
             begun = update(JOBS).where(JOBS.c.number == number)
             begun = begun.values(status="in_progress", attempts=JOBS.c.attempts + 1, **values)
-            return StoredJob.of(connection.execute(begun.returning(JOBS)).one())
-
-    def image(self, job: StoredJob) -> bytes | None:
-        """Returns the bytes of a job's image: empty if the job has no image, None if the job has ended."""
-        with self._reading() as connection:
-            found = connection.execute(select(IMAGES.c.data).where(IMAGES.c.job == job.number))
-            return found.scalar_one_or_none()
+            image = connection.execute(select(IMAGES.c.data).where(IMAGES.c.job == number)).scalar_one()
+            return StoredJob.of(connection.execute(begun.returning(JOBS)).one()), image
 
     def is_held(self, job: StoredJob) -> bool:
         """Returns whether `job.attempt` still owns the job.

@@ -161,8 +161,9 @@ class Worker:
                 on_ready()
             while not self._is_stopping:
                 self._wakes.clear()
-                if self._has_room() and (job := _patiently(self._store.claim)):
-                    self._do(_Run(job))
+                if self._has_room() and (claimed := _patiently(self._store.claim)):
+                    job, image = claimed
+                    self._do(_Run(job), image)
                 else:
                     self._wakes.wait(_IDLE_S)
         finally:
@@ -193,20 +194,20 @@ class Worker:
                 if start == _MOST_STARTS:
                     raise
 
-    def _do(self, run: _Run) -> None:
-        """Makes the video of a claimed job, and gives it to the writer; or ends the attempt with an error."""
+    def _do(self, run: _Run, image: bytes) -> None:
+        """Makes the video of a claimed job, and gives it to the writer; or ends the attempt with an error.
+
+        `image`: the content of the job's image file, empty for a job without an image.
+        """
         self._runs[run.job.attempt] = run
         with self._errors_of(run), ExitStack() as opened:
-            image = self._files.image(run.job.attempt)
-            data = _patiently(lambda: self._store.image(run.job))
-            if data is None:  # the job has ended meanwhile
-                raise CancelledError
+            file = self._files.image(run.job.attempt)
             try:
-                image.write_bytes(data)
-                given = {"image": str(image)} if data else {}
+                file.write_bytes(image)
+                given = {"image": str(file)} if image else {}
                 video = self._made(run, run.report, partial(self._record, run, opened), {**run.job.options, **given})
             finally:
-                image.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
             writing, self._writing = self._writing, None  # an error of the writer is raised once
             if writing is not None:
                 writing.result()  # so that no more than two videos lie in memory
