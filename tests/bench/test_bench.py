@@ -113,6 +113,12 @@ def test_a_recipe_of_two_images_is_a_row_with_the_reason(clips: Path) -> None:
     )
 
 
+def test_missing_experts_are_quantized_with_their_loras(clips: Path) -> None:
+    lora = lora_files.write(clips / "a.safetensors", {"blocks.0.ffn.0.diff_b": torch.full((640,), 0.1)})
+    (row,) = planned(bench_of(clips, "exact", given=SMALL | {"quantize": "int8-weight-only", "lora": [str(lora)]}))
+    assert row.error is None and len(list(Path("artifacts/quantized").glob("*/manifest.json"))) == 2
+
+
 def test_a_recipe_without_its_kernel_is_a_row_with_the_reason(clips: Path) -> None:
     rows = planned(bench_of(clips, "exact", "fa3", "fastest-original"))
     assert [type(row.error) for row in rows] == [type(None), NeedsGpuError, NeedsGpuError]

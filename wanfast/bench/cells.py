@@ -19,6 +19,7 @@ from wanfast.bench.apart import apart
 from wanfast.bench.frames import write_frames
 from wanfast.magcache_calib.clips import Clip
 from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, Options, VideoConfig
+from wanfast.runtime.config.models import OF_WEIGHTS
 from wanfast.runtime.config.option import did_you_mean
 from wanfast.runtime.config.recipes import GROUPS, OF_GRID, RECIPES, has_levels, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError
@@ -29,7 +30,7 @@ from wanfast.runtime.machine.packages import require_attention, versions
 from wanfast.runtime.planning.completed import effective
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.shortened import few_steps, has_all_experts, least_steps, schedule_of
-from wanfast.runtime.processes.handle import OF_HANDLE, Opened
+from wanfast.runtime.processes.handle import OF_ALL_VIDEOS, OF_HANDLE, Opened
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of, write_synced
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.json_files import read_object
@@ -162,11 +163,11 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
     options = bench.options_of(name)
     of_models = {option: value for option, value in options.items() if option in OF_HANDLE}
     of_video = {option: value for option, value in options.items() if option not in OF_HANDLE}
-    largest: Options = {option: of_video[option] for option in ("size", "frames") if option in of_video}
+    of_all = {option: value for option, value in of_video.items() if option in OF_ALL_VIDEOS}
     try:
         config = _config(bench, name)
         _quantize_missing(bench.files, config, say)
-        opened = Opened.of({**of_models, **largest})
+        opened = Opened.of({**of_models, **of_all})
         videos = [{**of_video, **clip.options} for clip in bench.clips]
         plans = tuple(opened.plan(video) for video in videos)
         measured = videos
@@ -196,8 +197,8 @@ def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) ->
     experts = [quantized_expert(files, models, expert) for expert in EXPERTS]
     if not all(expert and expert.find() for expert in experts):
         say(f"{models.recipe}: quantizing the experts with {models.quantize}")
-        folder = {"model": models.model, "artifacts_dir": models.artifacts_dir}
-        apart("quantize", scheme=models.quantize, device=device, **folder)
+        options = {name: getattr(models, name) for name in (*OF_WEIGHTS, "artifacts_dir")}
+        apart("quantize", scheme=models.quantize, device=device, **options)
 
 
 def _check_steps(video: VideoConfig, spec: ModelSpec, steps: int) -> None:

@@ -386,7 +386,7 @@ class QuantizeConfig:
     artifacts_dir: str = "artifacts"
 
     def __post_init__(self) -> None:
-        for name in (*_OF_WEIGHTS, "artifacts_dir"):
+        for name in (*OF_WEIGHTS, "artifacts_dir"):
             object.__setattr__(self, name, options_of(ModelsConfig)[name].complete(getattr(self, name)))
         check_places(self.model, self.artifacts_dir)
         left_out = {"high": "low_noise", "low": "high_noise"}.get(self.expert)
@@ -398,7 +398,7 @@ class QuantizeConfig:
 
 
 # The options that say which weights are quantized.
-_OF_WEIGHTS = ("model", "high_noise_expert", "low_noise_expert", "lora", "lora_high_noise", "lora_low_noise")
+OF_WEIGHTS = ("model", "high_noise_expert", "low_noise_expert", "lora", "lora_high_noise", "lora_low_noise")
 
 
 # The options that only lossy attention has, and the kernels that have them.
