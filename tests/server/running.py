@@ -71,7 +71,7 @@ class StandIn:
             if self.errors:
                 raise self.errors.pop(0)
         self.cancelled.clear()
-        steps, clips = plan.config.video.steps, len(plan.config.video.prompts)
+        steps, clips = plan.config.video.num_steps, len(plan.config.video.prompts)
         for clip, step in itertools.product(range(1, clips + 1), range(steps)):
             on_progress(stage_of_clip(clip, clips, "high noise"), step, steps)
             time.sleep(self.step_s)

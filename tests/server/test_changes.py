@@ -11,8 +11,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from sqlalchemy.exc import SQLAlchemyError
 
+from tests import lora_files
 from tests.server.running import SMALL, STAR, Running, data_url, running, until
 from wanfast.server import app, changes
 from wanfast.server.keys import Keys
@@ -191,6 +193,25 @@ def test_a_recipe_is_chosen_among_those_of_the_loaded_models(tmp_path: Path) -> 
             given = {"prompt": "a", "input_reference": data_url(STAR.read_bytes()), "recipe": recipe}
             refused = server.ask("POST", "/v1/videos", **given)
             assert (refused.status, refused.error["param"]) == (400, "recipe") and words in refused.error["message"]
+
+
+def test_a_request_overrides_the_defaults_that_contradict_it(tmp_path: Path) -> None:
+    lora = lora_files.write(tmp_path / "a.safetensors", {"blocks.0.ffn.0.diff_b": torch.full((640,), 0.1)})
+    options = {**SMALL, "lora": [str(lora)]}
+    with running(tmp_path, options=options, defaults={"steps": 6, "shift": 3.0}) as server:
+        (model,) = server.ask("GET", "/v1/models").document["data"]
+        assert "lightning-4" in model["recipes"]
+        given = {"prompt": "a", "input_reference": data_url(STAR.read_bytes()), "recipe": "lightning-4"}
+        for field in ("num_inference_steps", "flow_shift"):
+            refused = server.ask("POST", "/v1/videos", **given, **{field: 4})
+            assert (refused.status, refused.error["param"]) == (400, field)
+            assert refused.error["message"] == (
+                f"{field}: the recipe lightning-4 has its own noise levels: leave out this field"
+            )
+        plan = server.ended(server.create(recipe="lightning-4"))["plan"]
+        assert (plan["recipe"], sum(plan["steps"].values())) == ("lightning-4", 4)
+    with running(tmp_path, defaults={"sigmas": "1,0.9,0.5"}) as server:
+        assert server.ended(server.create(num_inference_steps=4))["plan"]["solver"]
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/static/page.js", "/static/page.css", "/v1/videos", "/missing"])

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, parse_size
-from wanfast.runtime.config.recipes import RECIPES
+from wanfast.runtime.config.precedence import without_overridden
+from wanfast.runtime.config.recipes import OF_GRID, RECIPES, has_levels
 from wanfast.runtime.config.video import CPU_SEEDS
 from wanfast.runtime.errors import ConfigError, WanFastError
 from wanfast.runtime.facts.choices import NAMED_MODELS, RecipeName
@@ -143,7 +144,12 @@ class Checks:
                 "boundary_ratio",
                 f"only the model's own value {served.spec.boundary:g} is possible: leave out this field",
             )
-        options = {**served.defaults, **self._options(fields)}
+        own = self._options(fields)
+        recipe = fields.recipe or served.planner.asked.get("recipe")
+        if has_levels(recipe):
+            for field in in_names_of_fields({name: own.get(name) for name in OF_GRID}):
+                raise unfit(field, f"the recipe {recipe} has its own noise levels: leave out this field")
+        options = {**without_overridden(served.defaults, own), **own}
         fps = options.get("fps", served.spec.fps)
         frames, clips = self._length(fields, fps)
         width, height = self._size(fields)
