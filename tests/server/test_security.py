@@ -178,6 +178,7 @@ BAD: dict[str, tuple[Any, int, str | None]] = {  # name -> (fields, status, para
     "blank prompt": (fields(prompt=" \t\n"), 400, "prompt"),
     "control characters": (fields(prompt="\x00\x01"), 400, "prompt"),
     "surrogate": (fields(prompt="\ud800"), 400, "prompt"),
+    "surrogate as a field": (fields(**{"\ud800": True}), 400, "?"),
     "long prompt": (fields(prompt="a" * 20_001), 400, "prompt"),
     "prompt of a list": (fields(prompt=["a"]), 400, "prompt"),
     "prompt of a number": (fields(prompt=3), 400, "prompt"),
@@ -301,6 +302,9 @@ RAW: dict[str, tuple[bytes, dict[str, str], int]] = {  # name -> (body, headers,
     "a field twice": (
         form(*[('name="prompt"', b"a")] * 2, ('name="input_reference"; filename="x"', STAR.read_bytes())),
         FORM, 400),
+    "a surrogate as a field twice": (
+        form(*[('name="\\ud800"', b"a")] * 2),
+        {"Content-Type": "multipart/form-data; boundary=b; charset=unicode_escape"}, 400),
     "many fields": (form(*[(f'name="f{n}"', b"a") for n in range(100)]), FORM, 400),
     "a path as file name": (
         form(('name="prompt"', b"a"), ('name="input_reference"; filename="../../x.png"', b"no picture")), FORM, 400),

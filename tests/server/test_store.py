@@ -368,6 +368,8 @@ def test_a_change_of_the_tables_needs_another_version() -> None:
     [
         ("nothing", "--database is not"),
         ("mysterydb://x", "--database is not"),
+        ("postgresql://a@127.0.0.1:port/x", "--database is not"),
+        ("postgresql://a@127.0.0.1:99999/x", "--database"),
         ("sqlite:////no/such/folder/jobs", "^--data-dir: the queue cannot be opened .*: give another folder$"),
         ("postgresql+psycopg://nobody@127.0.0.1:1/x", "^--database: the queue cannot be opened"),
         ("oracle+oracledb://x", "--database needs the package oracledb"),

@@ -42,7 +42,8 @@ class ApiError(Exception):
 
 
 def unfit(param: str, message: str) -> ApiError:
-    """Returns the error for a field with a wrong value."""
+    """Returns the error for a field with a wrong value; half of a surrogate pair in the field's name becomes a "?"."""
+    param = param.encode(errors="replace").decode()  # JSON may name such a field, but no answer can be sent with it
     return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")
 
 

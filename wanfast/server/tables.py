@@ -88,12 +88,12 @@ def open_database(url: str) -> Engine:
     try:
         parsed = make_url(url)
         is_sqlite = parsed.get_backend_name() == "sqlite"
-        if parsed.drivername in ("postgresql", "postgres"):
+        if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         arguments = {"timeout": _BUSY_S} if is_sqlite else _OF_POSTGRESQL
         arguments = {name: value for name, value in arguments.items() if name not in parsed.query}
         engine = create_engine(parsed, connect_args=arguments, pool_pre_ping=not is_sqlite)
-    except (ArgumentError, NoSuchModuleError):
+    except (ArgumentError, NoSuchModuleError, ValueError):  # ValueError: a port that is no number
         raise ConfigError("--database is not postgresql://USER@HOST/NAME: fix the URL") from None
     except ImportError as error:
         raise ConfigError(f"--database needs the package {error.name}: run `{install('serve-postgres')}`") from None
