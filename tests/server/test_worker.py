@@ -25,8 +25,10 @@ from wanfast.server import app as app_module
 from wanfast.server import store as store_module
 from wanfast.server import worker as worker_module
 from wanfast.server.checks import Checks, Served
+from wanfast.server.files import Files
 from wanfast.server.keys import Keys
-from wanfast.server.serve import ServerSettings, parts_of, warm_up_of
+from wanfast.server.serve import parts_of, warm_up_of
+from wanfast.server.settings import ServerSettings
 from wanfast.server.store import MOST_ATTEMPTS, NewJob, Store
 
 
@@ -632,6 +634,23 @@ def test_a_picture_of_the_warm_up_is_never_half_written(tmp_path: Path, monkeypa
             patched.setattr(Image.Image, "save", full)
             warm_up_of(server.maker.opened, Served.of(server.maker.opened, {"steps": 3}, 3), server.files)
         assert picture.read_bytes() == before and not list(server.files.folder.glob(".warm-up*"))
+
+
+def test_two_servers_of_one_process_id_write_the_picture_of_the_warm_up_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers in containers often have the same id."""
+    opened = Opened.of({**SMALL, "artifacts_dir": str(tmp_path / "artifacts")})
+    served, files, save = Served.of(opened, {"steps": 3}, 3), Files(tmp_path / "data"), Image.Image.save
+
+    def interrupted(*arguments: Any) -> None:
+        monkeypatch.undo()
+        save(*arguments)
+        warm_up_of(opened, served, files)
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    warm_up_of(opened, served, files)
+    assert [file.name for file in files.folder.iterdir()] == ["warm-up.png"]
 
 
 def test_a_wrong_default_is_refused_before_the_ranks_start(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -18,7 +20,7 @@ from wanfast.runtime.machine.signals import stopped_by_signals
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.shortened import few_steps, least_steps, schedule_of
 from wanfast.runtime.processes.handle import Handle, Opened
-from wanfast.runtime.store.atomic import atomic_paths
+from wanfast.runtime.store.atomic import not_written
 from wanfast.runtime.store.sharing import lock_of
 from wanfast.server.app import Parts, create_app
 from wanfast.server.checks import Checks, Served
@@ -123,8 +125,14 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
     image: dict[str, Any] = {}
     if served.spec.takes_images:
         grey = files.folder / "warm-up.png"  # no temporary file, because ranks that die are warmed up again
-        with atomic_paths(grey, option="--data-dir", synced=False) as (unfinished,):  # another server may read it
-            Image.new("RGB", served.size, (127, 127, 127)).save(unfinished, "PNG")
+        try:
+            # Another server may read the image, or write it too. In containers, both may have the same process id.
+            with tempfile.TemporaryDirectory(prefix=f".{grey.name}.", dir=files.folder) as own:
+                unfinished = Path(own) / grey.name
+                Image.new("RGB", served.size, (127, 127, 127)).save(unfinished, "PNG")
+                unfinished.replace(grey)
+        except OSError as error:
+            raise not_written(grey, error, "--data-dir") from error
         image["image"] = str(grey)
     size = "x".join(map(str, served.size))
     video = {**served.defaults, **image, **served.fit, "prompt": "warm-up", "seed": 0, "size": size}
