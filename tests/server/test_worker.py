@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import sys
 import threading
@@ -510,7 +511,8 @@ def test_videos_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         video = server.ended(server.create())["id"]
         assert server.ask("GET", f"/v1/videos/{video}/content").status == 200
         later = {"time": lambda: time.time() + 61}
-        monkeypatch.setattr(store_module, "time", SimpleNamespace(**{**vars(time), **later}))
+        for module in (store_module, app_module):
+            monkeypatch.setattr(module, "time", SimpleNamespace(**{**vars(time), **later}))
         until(lambda: not list(server.files.folder.glob("video_*")))
         answer = server.ask("GET", f"/v1/videos/{video}/content")
         assert (answer.status, answer.error["code"]) == (404, "expired")
@@ -547,11 +549,32 @@ def test_a_video_that_expires_while_it_is_asked_for(
         def lost(*arguments: Any) -> Any:
             job = found(*arguments)
             server.files.remove(job.output)
-            return job
+            return dataclasses.replace(job, expires_at=time.time())
 
         monkeypatch.setattr(app_module, "_found", lost)
         answer = server.ask("GET", path)
         assert (answer.status, answer.error["code"]) == (404, "expired")
+
+
+def test_a_video_that_is_missing_before_it_expires_is_a_fault_of_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path) as server:
+        video = server.ended(server.create())["id"]
+        for file in server.files.listed():
+            file.unlink()
+        answer = server.ask("GET", f"/v1/videos/{video}/content")
+        assert (answer.status, answer.error["code"]) == (500, "server_error")
+        assert "is missing: all servers of one --database must use the same folder" in capsys.readouterr().err
+        of_job = app_module._file
+
+        def deleted(*arguments: Any) -> Any:
+            server.store.cancel(video, "everybody", deletes=True)
+            return of_job(*arguments)
+
+        monkeypatch.setattr(app_module, "_file", deleted)
+        answer = server.ask("GET", f"/v1/videos/{video}/content")
+        assert (answer.status, answer.error["code"]) == (404, "not_found")
 
 
 def test_files_that_dead_servers_left_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

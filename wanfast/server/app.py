@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import time
 from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO
 
@@ -19,6 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.types import Receive, Scope, Send
 
 from wanfast import __version__
+from wanfast.runtime.store.artifacts import note
 from wanfast.server import replies
 from wanfast.server.changes import MOST_OF_A_KEY, MOST_STREAMS, Changes, lines
 from wanfast.server.checks import Checks
@@ -29,7 +31,7 @@ from wanfast.server.limits import HEADERS, Limits, answer
 from wanfast.server.metrics import Metrics
 from wanfast.server.page import add_pages
 from wanfast.server.replies import ApiError, unfit
-from wanfast.server.store import CANCELLED, KeyReusedError, Order, QueueFullError, Store, StoredJob
+from wanfast.server.store import CANCELLED, FAULT, KeyReusedError, Order, QueueFullError, Store, StoredJob
 from wanfast.server.worker import WATCH_S, Worker
 
 _ID = re.compile(r"video_[0-9a-f]{32}")
@@ -122,7 +124,7 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
     def content(video_id: str, variant: str = "video", owner: str = owned) -> FileResponse:
         if variant not in ("video", "thumbnail"):
             raise unfit("variant", "use video or thumbnail")
-        return _file(files, _found(store, video_id, owner), variant)
+        return _file(parts, _found(store, video_id, owner), variant)
 
     @app.post("/v1/videos/{video_id}/cancel", summary="Cancel a video; the list then shows it as failed")
     def cancel(video_id: str, owner: str = owned) -> JSONResponse:
@@ -268,7 +270,7 @@ async def _awaited(request: Request, job: StoredJob, parts: Parts) -> Response:
     if job.error_code is not None:
         message = job.error_message or job.error_code
         raise ApiError(_STATUS_OF_SYNC[job.error_code], message, code=job.error_code)
-    return _file(parts.files, job, "video")
+    return _file(parts, job, "video")
 
 
 def _found(store: Store, video_id: str, owner: str) -> StoredJob:
@@ -297,18 +299,23 @@ def _shown(parts: Parts, job: StoredJob) -> JSONResponse:
     return JSONResponse(replies.video(job, position), headers={"openai-poll-after-ms": str(replies.POLL_MS)})
 
 
-def _file(files: Files, job: StoredJob, variant: str) -> FileResponse:
+def _file(parts: Parts, job: StoredJob, variant: str) -> FileResponse:
     """Returns a file of a completed job, or the ranges of bytes that the request names. Raises ApiError."""
     if job.output is None:
         raise ApiError(
             404, f"there is no file, because this video has the status {job.status}", code="not_ready", param="video_id"
         )
     video = variant == "video"
-    path = files.video(job.output) if video else files.thumbnail(job.output)
+    path = parts.files.video(job.output) if video else parts.files.thumbnail(job.output)
     try:
         opened = path.open("rb")
     except FileNotFoundError:
-        raise ApiError(404, "this video has expired", code="expired", param="video_id") from None
+        job = _found(parts.store, job.id, job.owner)  # it may have been deleted meanwhile
+        if (job.expires_at or 0) <= time.time():
+            raise ApiError(404, "this video has expired", code="expired", param="video_id") from None
+        note(f"--data-dir: {path} is missing: all servers of one --database must use the same folder")
+        message = "the file of this video is missing; the server's log has the reason"
+        raise ApiError(500, message, code=FAULT) from None
     name = f"{job.id}{path.suffix}"
     return _Download(opened, media_type="video/mp4" if video else "image/jpeg", filename=name)
 
