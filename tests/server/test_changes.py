@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests import lora_files
 from tests.server.running import SMALL, STAR, Running, data_url, running, until
 from wanfast.server import app, changes
 from wanfast.server.keys import Keys
+from wanfast.server.store import Overview, Store
 
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
 Next = Callable[[], Any]
@@ -146,6 +149,29 @@ def test_one_key_leaves_streams_to_the_others(server: Running) -> None:
         refused = server.ask("GET", "/v1/videos/events", headers=as_(ALICE))
         assert (refused.status, refused.error["code"]) == (429, "too_many_streams")
         assert open_.enter_context(following(server, BOB))()
+
+
+def test_the_streams_of_a_key_share_one_look(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "LOOK_S", 0.2)
+    looks, overview = list[float](), Store.overview
+    with ExitStack() as open_:
+        streams = [open_.enter_context(following(server, ALICE)) for _ in range(8)]
+        assert all(change()["status"] == "ready" for change in streams)
+
+        def noted(store: Store, owner: str, most: int) -> Overview:
+            if owner == server.parts.keys.owner(f"Bearer {ALICE}"):
+                looks.append(time.monotonic())
+            return overview(store, owner, most)
+
+        monkeypatch.setattr(Store, "overview", noted)
+        video = create(server)
+        for change in streams:
+            while not (last := change())["videos"] or last["videos"][0]["status"] != "completed":
+                pass
+            assert last["videos"][0]["id"] == video
+        time.sleep(1)
+        monkeypatch.undo()
+    assert len(looks) > 4 and all(later - sooner > 0.15 for sooner, later in itertools.pairwise(looks))
 
 
 def status_of_stream(server: Running) -> int:

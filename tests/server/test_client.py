@@ -20,6 +20,7 @@ from PIL import Image
 
 import wanfast
 from tests.server.running import STAR, Running, colour, data_url, running, until
+from wanfast.server.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -181,6 +182,18 @@ def test_sync_answers_with_the_video(server: Running) -> None:
     server.maker.errors.append(ZeroDivisionError())
     answer = server.ask("POST", "/v1/videos/sync", prompt="a", input_reference=picture)
     assert (answer.status, answer.error["code"]) == (500, "server_error")
+
+
+def test_sync_looks_seldom_at_the_database(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, find = list[str](), Store.find
+    monkeypatch.setattr(Store, "find", lambda store, video, owner: (looks.append(video), find(store, video, owner))[1])
+    server.maker.holds.set()
+    with ThreadPoolExecutor(1) as pool:
+        picture = data_url(STAR.read_bytes())
+        waiting = pool.submit(server.ask, "POST", "/v1/videos/sync", prompt="a", input_reference=picture)
+        time.sleep(1.3)
+        server.maker.holds.clear()
+        assert waiting.result().status == 200 and 2 <= len(looks) <= 5
 
 
 def leave_sync(server: Running, **headers: str) -> None:

@@ -8,6 +8,7 @@ import re
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO
+from weakref import WeakValueDictionary
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, Query, Request
@@ -22,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from wanfast import __version__
 from wanfast.runtime.store.artifacts import note
 from wanfast.server import replies
-from wanfast.server.changes import MOST_OF_A_KEY, MOST_STREAMS, Changes, lines
+from wanfast.server.changes import MOST_OF_A_KEY, MOST_STREAMS, Changes, Looks, lines
 from wanfast.server.checks import Checks
 from wanfast.server.fields import Asked, Fields, read
 from wanfast.server.files import Files
@@ -32,12 +33,13 @@ from wanfast.server.metrics import Metrics
 from wanfast.server.page import add_pages
 from wanfast.server.replies import ApiError, unfit
 from wanfast.server.store import CANCELLED, FAULT, KeyReusedError, Order, QueueFullError, Store, StoredJob
-from wanfast.server.worker import WATCH_S, Worker
+from wanfast.server.worker import Worker
 
 _ID = re.compile(r"video_[0-9a-f]{32}")
 _MOST_LETTERS_OF_A_KEY = 255
 _RETRY_S = 10  # a client may try again after this time
 _BUSY = {"Retry-After": str(_RETRY_S)}
+_LOOK_S = 0.5  # between two looks at the database of a request that waits for its video
 _MOST_ADDING = 4  # requests whose images are checked, or whose jobs are written, at once
 _CLIENT_LEFT = 499  # nobody reads this answer
 _UNSUPPORTED = ("remix", "edits", "extensions", "characters")
@@ -100,6 +102,7 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
         return replies.page(found[0], has_more=found[1])
 
     streams, of_key = asyncio.Semaphore(MOST_STREAMS), dict[str, asyncio.Semaphore]()
+    looks = WeakValueDictionary[str, Looks]()  # by the owner; an owner without a stream has none
 
     # A path /v1/videos/NAME must stand above /v1/videos/{video_id}, which matches every name. A route without `owned`
     # is open to everybody.
@@ -113,7 +116,8 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
         if streams.locked() or own.locked():
             message = "too many pages are open already: close one, or request each video by its id"
             raise ApiError(429, message, code="too_many_streams", headers=_BUSY)
-        found = lines(Changes(store, parts.worker, owner), parts.worker, streams, own)
+        changes = Changes(looks.setdefault(owner, Looks(store, owner)), parts.worker)
+        found = lines(changes, parts.worker, streams, own)
         return StreamingResponse(found, media_type="application/x-ndjson")
 
     @app.get("/v1/videos/{video_id}", summary="Show a video")
@@ -265,7 +269,7 @@ async def _awaited(request: Request, job: StoredJob, parts: Parts) -> Response:
             if "idempotency-key" not in request.headers:
                 await run_in_threadpool(_cancelled, parts, job.id, job.owner)
             return Response(status_code=_CLIENT_LEFT)
-        await asyncio.sleep(WATCH_S)
+        await asyncio.sleep(_LOOK_S)
         job = await run_in_threadpool(_found, parts.store, job.id, job.owner)
     if job.error_code is not None:
         message = job.error_message or job.error_code

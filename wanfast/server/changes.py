@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import threading
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,7 +18,7 @@ from wanfast.server import replies
 from wanfast.server.store import Store
 from wanfast.server.worker import Worker
 
-MOST_STREAMS = 64  # of one server; each of them asks the database again and again
+MOST_STREAMS = 64  # of one server
 MOST_OF_A_KEY = 16  # of these streams, so that one client leaves some to the others
 MOST_VIDEOS = 50  # of each kind: not ended, and ended
 # Between two looks at the database. A signal inside this process cannot replace them, because servers that share the
@@ -24,11 +27,43 @@ LOOK_S = 0.3
 _BEAT_S = 15.0  # an empty line after this time without a change shows that the connection lives
 
 
+@dataclass(frozen=True)
+class Seen:
+    """This class holds what one look at the database found, of one owner."""
+
+    videos: dict[str, dict[str, Any]]  # by id; the ended ones come last, the newest of them first
+    queued: int  # jobs of all owners
+    older: str | None  # the last of the ended videos, if more have ended
+
+
+class Looks:
+    """This class looks at the database for all streams of one owner, at most once in LOOK_S seconds."""
+
+    def __init__(self, store: Store, owner: str) -> None:
+        self._store, self._owner, self._looking = store, owner, threading.Lock()
+        self._began, self._seen = -math.inf, Seen({}, 0, None)
+
+    def latest(self) -> Seen:
+        """Returns what a look found that began less than LOOK_S seconds ago. Raises SQLAlchemyError."""
+        with self._looking:
+            if (now := time.monotonic()) - self._began >= LOOK_S:
+                self._seen, self._began = self._look(), now
+            return self._seen
+
+    def is_deleted(self, video: str) -> bool:
+        return self._store.find(video, self._owner) is None
+
+    def _look(self) -> Seen:
+        found = self._store.overview(self._owner, MOST_VIDEOS)
+        videos = {job.id: replies.video(job, found.places.get(job.number)) for job in [*found.unended, *found.ended]}
+        return Seen(videos, len(found.places), found.ended[-1].id if found.has_more else None)
+
+
 class Changes:
     """This class holds the videos that a stream has sent to a client, and finds what has changed since then."""
 
-    def __init__(self, store: Store, worker: Worker, owner: str) -> None:
-        self._store, self._worker, self._owner = store, worker, owner
+    def __init__(self, looks: Looks, worker: Worker) -> None:
+        self._looks, self._worker = looks, worker
         self._sent: dict[str, dict[str, Any]] = {}  # the videos by id
         self._state: dict[str, Any] = {}
 
@@ -45,17 +80,15 @@ class Changes:
         * "older": usually None. If the first look does not cover all ended videos, this is the id of the oldest ended
           video that it covers. `Store.page` takes this id as `after`, and returns the older videos.
         """
-        seen = self._store.overview(self._owner, MOST_VIDEOS)
-        videos = {job.id: replies.video(job, seen.places.get(job.number)) for job in [*seen.unended, *seen.ended]}
-        changed = [video for name, video in videos.items() if self._sent.get(name) != video]
-        left = self._sent.keys() - videos.keys()  # by a deletion, or because others are newer
-        deleted = [name for name in sorted(left) if self._store.find(name, self._owner) is None]
-        state = {"status": self._worker.status, "queued": len(seen.places)}
+        seen = self._looks.latest()
+        changed = [video for name, video in seen.videos.items() if self._sent.get(name) != video]
+        left = self._sent.keys() - seen.videos.keys()  # by a deletion, or because others are newer
+        deleted = [name for name in sorted(left) if self._looks.is_deleted(name)]
+        state = {"status": self._worker.status, "queued": seen.queued}
         if not changed and not deleted and state == self._state:
             return None
-        is_first = not self._state
-        self._sent, self._state = videos, state
-        older = seen.ended[-1].id if is_first and seen.has_more else None
+        older = None if self._state else seen.older
+        self._sent, self._state = seen.videos, state
         return {**state, "videos": changed, "deleted": deleted, "older": older}
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-WATCH_S = 0.1  # between two looks at the running jobs
+_WATCH_S = 0.1  # between two looks at the running jobs
 _RENEW_S = 5.0  # between two renewals of a lease without progress
 _SWEEP_S = 10.0  # between two searches for lost attempts and files that nobody wants
 _IDLE_S = 0.5  # between two looks at an empty queue, which another server may have filled
@@ -295,7 +295,7 @@ class Worker:
     def _watch(self) -> None:
         """Looks after the running jobs and the files until `run` ends."""
         swept = -_SWEEP_S
-        while not self._has_ended.wait(WATCH_S):
+        while not self._has_ended.wait(_WATCH_S):
             with _noted():
                 for run in list(self._runs.values()):
                     if not self._is_held(run):
