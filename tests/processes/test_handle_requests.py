@@ -37,7 +37,7 @@ class Ranks:
         self.ended: list[str] = []
         self.started.append(self)
 
-    def run(self, verb: str, worker: str, jobs: list[dict[str, Any]], *rest: object, **named: object) -> list[Any]:
+    def run(self, worker: str, jobs: list[dict[str, Any]], *rest: object, **named: object) -> list[Any]:
         self.jobs += jobs
         type(self).work()
         return [{"error": "as these ranks do", "exit_code": 5}]

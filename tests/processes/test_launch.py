@@ -381,7 +381,7 @@ def test_results_that_come_with_the_launchers_end_are_told(
     (tmp_path / "results/0.json").write_text('{"output": "out.mp4"}')
     told: list[tuple[int, object]] = []
     with launch.RankGroups(tmp_path, effective_config(num_gpus=2).ranks, 1) as ranks:
-        ranks.run("v", "w", [{}], [], on_result=lambda *result: told.append(result), on_progress=lambda *state: None)
+        ranks.run("w", [{}], [], on_result=lambda *result: told.append(result), on_progress=lambda *state: None)
     assert told == [(0, {"output": "out.mp4"})]
 
 
@@ -397,7 +397,7 @@ def test_groups_that_died_are_started_again_for_the_next_batch(
     """Under numbers of their own, so that what the dead ones left is not taken for theirs, but in the same place."""
     with launch.RankGroups(tmp_path, effective_config(num_gpus=2).ranks, 2) as ranks:
         for _ in range(2):
-            (result,) = ranks.run("v", "w", [{}], [], **IGNORED)
+            (result,) = ranks.run("w", [{}], [], **IGNORED)
             assert result["exit_code"] == 5
     each_twice = [(2, 0), (3, 0), (4, 0), (5, 0)], [(6, 1), (7, 1), (8, 1), (9, 1)]  # no group claimed a job
     assert ended_launchers == [(0, 0), (1, 0), *each_twice[0], *each_twice[1]]
@@ -412,7 +412,7 @@ def test_ranks_are_waited_for_before_their_files_are_removed(
         threading.Thread(target=rank.wait).start()
         (tmp_path / "ranks/1-0").mkdir(parents=True)
         (tmp_path / "ranks/1-0/pid").write_text(str(rank.pid))
-        ranks.run("v", "w", [{}], [tmp_path / "out.mp4"], **IGNORED)
+        ranks.run("w", [{}], [tmp_path / "out.mp4"], **IGNORED)
         assert not psutil.pid_exists(rank.pid) and not list(tmp_path.glob(".out.mp4.*"))
 
 
@@ -464,7 +464,7 @@ def test_a_group_that_dies_before_its_first_job_is_started_again(
         return False
 
     with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
-        assert ranks.run("v", "w", [{}], [], **IGNORED, cancelled=dies) == [{}]
+        assert ranks.run("w", [{}], [], **IGNORED, cancelled=dies) == [{}]
     assert len(started) == 2
 
 
@@ -483,7 +483,7 @@ def test_a_job_that_a_rank_claims_after_its_group_was_started_again_is_lost(
         return False
 
     with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
-        results = ranks.run("v", "w", [{}, {}], [], **IGNORED, cancelled=dies)
+        results = ranks.run("w", [{}, {}], [], **IGNORED, cancelled=dies)
     assert [result["exit_code"] for result in results] == [5, 5] and len(started) == 2
 
 
@@ -498,7 +498,7 @@ def test_a_long_run_keeps_only_the_files_of_its_last_batch(tmp_path: Path, livin
     with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
         for number in range(4):
             with_result(tmp_path, number)
-            ranks.run("v", "w", [{}], [], **IGNORED)
+            ranks.run("w", [{}], [], **IGNORED)
         left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
     assert left == {"setup.json", "job-0003.json", "results/3.json", "claims/3", "frames/3.npy"}
 
@@ -515,11 +515,11 @@ def test_an_exception_of_a_callback_cancels_and_an_interrupt_stops(
     (tmp_path / "progress/0.json").write_text(json.dumps({"job": 0, "stage": "a", "done": 0, "total": 2}))
     with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
         with pytest.raises(error):
-            ranks.run("v", "w", [{}], [], on_result=lambda *result: None, on_progress=fails)
+            ranks.run("w", [{}], [], on_result=lambda *result: None, on_progress=fails)
         assert (tmp_path / "cancel/0").exists() != ends
         assert bool(living_launchers[0].signals) == ends
         with_result(tmp_path, 1)
-        assert ranks.run("v", "w", [{}], [], **IGNORED) == [{}]
+        assert ranks.run("w", [{}], [], **IGNORED) == [{}]
         assert len(living_launchers) == (2 if ends else 1)
 
 
@@ -531,7 +531,7 @@ def test_a_rank_that_died_between_two_batches_is_noticed(tmp_path: Path, living_
         while psutil.Process(rank.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
         with_result(tmp_path, 0)
-        assert ranks.run("v", "w", [{}], [], **IGNORED) == [{}]
+        assert ranks.run("w", [{}], [], **IGNORED) == [{}]
     rank.wait()
     assert len(living_launchers) == 2 and living_launchers[0].signals == ["terminate"]
 
@@ -547,9 +547,9 @@ def test_a_start_that_fails_can_be_tried_again(
         with monkeypatch.context() as patch:
             patch.setattr(launch, "_start", fails)
             with pytest.raises(OSError, match="no process"):
-                ranks.run("v", "w", [{}], [], **IGNORED)
+                ranks.run("w", [{}], [], **IGNORED)
         with_result(tmp_path, 0)
-        assert ranks.run("v", "w", [{}], [], **IGNORED) == [{}] and ranks._numbers == {0: 1}
+        assert ranks.run("w", [{}], [], **IGNORED) == [{}] and ranks._numbers == {0: 1}
 
 
 def test_the_lines_that_no_group_can_be_started_for_have_that_reason(
@@ -572,7 +572,7 @@ def test_the_lines_that_no_group_can_be_started_for_have_that_reason(
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
-        made, killed, left = ranks.run("v", "w", [{}, {}, {}], [], **IGNORED, cancelled=dies)
+        made, killed, left = ranks.run("w", [{}, {}, {}], [], **IGNORED, cancelled=dies)
     assert made == {} and "the launcher of rank group 0 failed" in killed["error"]
     reason = "the ranks of group 1 cannot be started (Resource temporarily unavailable): end other programs"
     assert left["error"].startswith(reason) and left["exit_code"] == 2 and reason in capsys.readouterr().err
@@ -586,7 +586,7 @@ def test_the_half_of_a_frames_file_of_a_dead_rank_is_removed(
             (tmp_path / name).mkdir(parents=True)
         (tmp_path / "ranks/1-0/pid").write_text("123456789")
         (tmp_path / "frames/.0.npy.123456789.part").write_text("half")
-        ranks.run("v", "w", [{}], [], **IGNORED)
+        ranks.run("w", [{}], [], **IGNORED)
     assert not list((tmp_path / "frames").iterdir())
 
 

@@ -53,7 +53,7 @@ def run_jobs(
     config = plans[0].config
     documents = [job.to_json() for job in jobs]
     folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": verb, "jobs": documents})
-    document = {"verb": verb, "worker": _WORKERS[verb], "first": 0, "jobs": documents}
+    document = {"worker": _WORKERS[verb], "first": 0, "jobs": documents}
     with job_progress(_names(plans), on_result) as (on_progress, on_result):
         if ray is not None:
             _write_job(folder, document)
@@ -66,7 +66,6 @@ def run_jobs(
             outputs = [output for plan in plans for output in plan.outputs] if verb == "generate" else []
             with RankGroups(folder, config.ranks, num_groups(config.ranks, len(jobs))) as ranks:
                 results = ranks.run(
-                    verb,
                     _WORKERS[verb],
                     documents,
                     outputs,

@@ -274,7 +274,6 @@ class Handle:
         """Lets the ranks make a planned video, and returns it."""
         with self._turn(cancelled), ArrivingFrames(partial(on_frames, plan)) as arriving:
             (result,) = self._living().run(
-                "generate",
                 _WORKER,
                 [plan.job().to_json()],
                 [],

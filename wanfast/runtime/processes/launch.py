@@ -119,7 +119,6 @@ class RankGroups:
 
     def run(
         self,
-        verb: str,
         worker: str,
         jobs: list[dict[str, Any]],
         outputs: list[Path],
@@ -132,10 +131,10 @@ class RankGroups:
     ) -> list[dict[str, Any]]:
         """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
 
-        `verb`: the name of the command. `worker`: the name of the module whose function `run` does the jobs. `outputs`:
-        the files that the jobs write. `on_result` gets each result as soon as the job is done. `on_look` gets the path
-        of the first job's frames twenty times a second, and once more after the last result. `is_last`: whether no
-        batch follows; if true, each group ends when no job is left for it.
+        `worker`: the name of the module whose function `run` does the jobs. `outputs`: the files that the jobs write.
+        `on_result` gets each result as soon as the job is done. `on_look` gets the path of the first job's frames
+        twenty times a second, and once more after the last result. `is_last`: whether no batch follows; if true, each
+        group ends when no job is left for it.
 
         If a rank group dies, its current job fails with the group's error. If the group was still writing the files of
         its previous job, the previous job is done again. Usually the group is started again for the remaining
@@ -151,7 +150,7 @@ class RankGroups:
         self._start_missing()
         if cancelled():
             raise CancelledError
-        batch = self._send({"verb": verb, "worker": worker, "jobs": jobs}, outputs)
+        batch = self._send({"worker": worker, "jobs": jobs}, outputs)
         try:
             if is_last:
                 replace_text(self._folder / CLOSE, "")

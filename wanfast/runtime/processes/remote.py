@@ -143,7 +143,7 @@ class RemoteGroup:
     def _made(self, ranks: RankGroups, job: Job) -> Delivered:
         outputs = list(job.config.output.paths)
         (result,) = ranks.run(
-            "generate", _WORKER, [job.to_json()], outputs,
+            _WORKER, [job.to_json()], outputs,
             on_result=lambda index, result: None, on_progress=self._on_progress,
         )  # fmt: skip
         if "error" in result:
