@@ -101,21 +101,15 @@ class EffectiveConfig:
 
     def options(self) -> dict[str, Any]:
         """Returns a flat mapping {option: value} over all parts; `EffectiveConfig.of` takes this mapping."""
-        parts = [getattr(self, name) or SkippingConfig() for name in PARTS]
-        return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
+        return {name: getattr(part, name) for part in self._parts() for name in options_of(type(part))}
 
     def replace(self, **values: Any) -> EffectiveConfig:
         """Returns a copy in which the named fields, of any of the five parts, have the new `values`."""
-        hashes = {
-            "image_sha256": self.video.image_sha256,
-            "last_image_sha256": self.video.last_image_sha256,
-            "continue_from_sha256": self.video.continue_from_sha256,
-            "continue_from_frames": self.video.continue_from_frames,
-            "written_prompts": self.video.written_prompts,
-            "expert_sha256": self.models.expert_sha256,
-            "lora_sha256": self.models.lora_sha256,
-        }
-        return self._from_flat(self.options() | hashes | values)
+        own = {field.name: getattr(part, field.name) for part in self._parts() for field in dataclasses.fields(part)}
+        return self._from_flat(own | values)
+
+    def _parts(self) -> list[Any]:
+        return [getattr(self, name) or SkippingConfig() for name in PARTS]
 
 
 def _with_seed_that_acts(values: Mapping[str, Any]) -> dict[str, Any]:
