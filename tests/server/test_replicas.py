@@ -113,12 +113,14 @@ class Serve:
     options: dict[str, Any] | None = None
     http: Any = None
     ended: bool = False
+    has_signalled: bool = False
     error: Exception | None = None  # of the shutdown
 
     def status(self) -> Any:
         if self.http is None:
             return SimpleNamespace(proxies={"head": "HEALTHY"} if self.is_running else {}, applications={})
-        if not self.statuses:
+        if not self.statuses and not self.has_signalled:  # a second signal would end this process
+            self.has_signalled = True
             os.kill(os.getpid(), signal.SIGTERM)
         now = self.statuses.pop(0) if self.statuses else "RUNNING"
         if now == "HANGS":
