@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cost_model import NOT_CHECKED, STEPS, TERMS, CostModel, WholeVideo, checks, fit, mesh_of
 from page_block import declaration, with_block
-
-from wanfast.bench.projection import NOT_CHECKED, STEPS, TERMS, CostModel, WholeVideo, checks, fit, mesh_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")

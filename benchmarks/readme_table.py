@@ -19,10 +19,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cost_model import mesh_of, on_more_gpus, tokens_of
 from page_block import declaration, with_block
 from projection import RESULTS, ROOT, Fitted, fitted
 
-from wanfast.bench.projection import mesh_of, on_more_gpus, tokens_of
 from wanfast.bench.published import PUBLISHED_S
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.facts.choices import RecipeName

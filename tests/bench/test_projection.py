@@ -11,9 +11,9 @@ import pytest
 
 from tests.bench import results as results_files
 from tests.bench.results import ROOT
-from wanfast.bench import projection as model_of
-from wanfast.bench.projection import CostModel, Shared, checks, fit, mesh_of
 
+model_of = results_files.program("cost_model")
+CostModel, Shared, mesh_of = model_of.CostModel, model_of.Shared, model_of.mesh_of
 TOKENS = 75_600
 KNOWN = CostModel(
     attention_flop_s=7e14,
@@ -57,7 +57,7 @@ def video(model: CostModel, num_gpus: int, slower: float = 1.0) -> dict[str, Any
     return {"options": options, "size": [1280, 720, 81], "videos": {"new": [row]}}
 
 
-FITTED = fit(forward(KNOWN, 2), forward(KNOWN, 1), vae(KNOWN, 2), video(KNOWN, 2))
+FITTED = model_of.fit(forward(KNOWN, 2), forward(KNOWN, 1), vae(KNOWN, 2), video(KNOWN, 2))
 
 
 def test_a_fit_finds_the_numbers_of_the_model_that_made_the_documents() -> None:
@@ -81,8 +81,8 @@ def test_terms_follow_the_ranks() -> None:
 
 
 def test_checks_say_how_far_measurements_are() -> None:
-    assert checks(FITTED) == []
-    found = checks(FITTED, forward=forward(KNOWN, 4), vae=vae(KNOWN, 4), video=video(KNOWN, 4, slower=1.25))
+    assert model_of.checks(FITTED) == []
+    found = model_of.checks(FITTED, forward=forward(KNOWN, 4), vae=vae(KNOWN, 4), video=video(KNOWN, 4, slower=1.25))
     assert [check["what"] for check in found] == [
         "a forward, ulysses 4",
         "the VAE, 4 ranks",

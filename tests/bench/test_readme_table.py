@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.bench.results import ROOT, program, results_of_two
-from wanfast.bench.projection import mesh_of
 from wanfast.runtime.config.recipes import FEW_STEPS, RECIPES
 
 readme_table = program("readme_table")
+mesh_of = program("cost_model").mesh_of
 FULL_NAMES = {"H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200"}
 
 
