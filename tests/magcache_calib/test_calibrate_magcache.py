@@ -17,17 +17,19 @@ from PIL import Image
 from tests import lora_files
 from tests.conftest import Machine, Outcome
 from tests.on_ranks import on_ranks
-from wanfast.commands import calibrate_magcache
-from wanfast.commands.calibrate_magcache import planned
+from wanfast.commands import calibrate_magcache, calibration
+from wanfast.commands.calibration import PlannedSet
 from wanfast.magcache_calib import clips
 from wanfast.magcache_calib.ratios import against_preset, averaged
 from wanfast.magcache_calib.recorder import Recorder
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import session
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.completed import effective
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import preset
@@ -199,7 +201,7 @@ def test_another_seed_of_the_shipped_set_agrees_with_the_preset(
 ) -> None:
     """The preset was measured with seed 0. One clip of four, with half of its frames, is enough to agree with it."""
     read = clips.read_set
-    monkeypatch.setattr(calibrate_magcache, "read_set", lambda *arguments, **named: read(*arguments, **named)[:1])
+    monkeypatch.setattr(calibration, "read_set", lambda *arguments, **named: read(*arguments, **named)[:1])
     outcome = wanfast(
         "calibrate-magcache", "--model", "tiny", "--device", "cpu", "--frames", "9", "--seed", "50", "--json"
     )
@@ -309,7 +311,7 @@ def test_a_calibration_asks_for_the_gpus_once(wanfast: Wanfast, folder: Path, mo
     import pynvml
 
     asked = counted(monkeypatch, pynvml, "nvmlInit")
-    monkeypatch.setattr(calibrate_magcache, "calibrated", lambda *arguments, **named: {})
+    monkeypatch.setattr(calibrate_magcache, "result_of", lambda *arguments, **named: {})
     monkeypatch.setattr(calibrate_magcache, "describe", lambda result: "")
     without_device = [word for word in CALIBRATE if word not in ("--device", "cpu")]
     assert wanfast(*without_device).exit_code == 0
@@ -628,8 +630,17 @@ def test_where_a_curve_and_the_preset_differ(tmp_path: Path) -> None:
     assert against_preset(curve, config.replace(steps=30), files) is None
 
 
-def test_a_calibration_keeps_two_residuals_of_a_branch(folder: Path) -> None:
+def test_a_calibration_keeps_two_residuals_of_a_branch(
+    folder: Path, wanfast: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The memory that decides placement counts the residual of this step and of the step before."""
-    files = model_files.locate("tiny", "artifacts")
-    (plan, _) = planned({"model": "tiny", "device": "cpu"}, clips.read_set(folder, 0), files)
+    seen: list[Plan] = []
+
+    def noted(given: dict[str, Any], planned: PlannedSet) -> None:
+        seen.extend(planned.plans)
+        raise ConfigError("nothing is measured")
+
+    monkeypatch.setattr(calibrate_magcache, "result_of", noted)
+    assert wanfast("calibrate-magcache", "--model", "tiny", "--device", "cpu", "--set", str(folder)).exit_code == 2
+    (plan, _) = seen
     assert plan.num_residuals(Mesh()) == 4 and plan.num_residuals(Mesh(cfg=2)) == 2

@@ -6,6 +6,7 @@ The command stores these densities as a plan of attention.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,22 +16,15 @@ from rich.console import Console
 
 from wanfast.attention_calib.choice import chosen, is_whole
 from wanfast.commands import options
-from wanfast.commands.calibration import measured_clips, plans_of
-from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
-from wanfast.runtime.config import NO_VIDEO, of_command
-from wanfast.runtime.config.option import LOSSY, absolute
+from wanfast.commands.calibration import PlannedSet, calibrated, planned_set
+from wanfast.runtime.config import of_command
+from wanfast.runtime.config.option import LOSSY
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.densities import FP8_SHARE, TARGET_ERROR, bands_of
-from wanfast.runtime.machine import packages
-from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.machine.packages import require_fp8
-from wanfast.runtime.planning.completed import model_of
-from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.store.artifacts import ArtifactStore, write_synced
+from wanfast.runtime.store.artifacts import write_synced
 from wanfast.runtime.store.attention_plans import KIND, PLAN, plan_inputs
 from wanfast.runtime.store.json_files import read_object
-from wanfast.runtime.store.model_files import ModelFiles
-from wanfast.runtime.store.quantized import require_experts
 
 # Lists hold all blocks and nothing is guarded, so that the memory plan counts what the calibration holds.
 _SPARSE = {"attention": "sparse", "density": 1.0, "dense_share": 0.0, "dense_layers": 0, "attention_check": True}
@@ -73,67 +67,34 @@ def calibrate_attention(
     given.pop("seed", None)
     if not 0 < target_error < 1:
         raise ConfigError(f"--target-error {target_error:g}: use a number over 0 and under 1, such as 0.1")
-    with asked_once():
-        files = model_of({**NO_VIDEO, **given, **_SPARSE})  # before the clips are read
-        files.require()
-        folder = shipped_set(files.spec) if set_ is None else Path(absolute(str(set_), "--set"))
-        clips = read_set(folder, seed, takes_images=files.spec.takes_images)
-        requested = {**given, **({"fp8": True} if fp8 else {})}  # the ranks read it too
-        plans = plans_of({**given, **_SPARSE}, clips, files, requested=requested)
-        require_experts(files, plans[0].config.models)
-        if fp8:
-            require_fp8(plans[0].config.ranks.device, "--fp8")
+    requested = {**given, **({"fp8": True} if fp8 else {})}  # the ranks read it too
+    planned = planned_set({**given, **_SPARSE}, set_, seed, requested=requested)
+    if fp8:
+        require_fp8(planned.plans[0].config.ranks.device, "--fp8")
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
-    result = calibrated(given, plans, clips, files, target_error, fp8=fp8)
+    result = result_of(given, planned, target_error, fp8=fp8)
     console.print(describe(result), markup=False)
     if json_:
         print(json.dumps(result))
 
 
-def calibrated(
-    given: dict[str, Any],
-    plans: list[Plan],
-    clips: list[Clip],
-    files: ModelFiles,
-    target_error: float,
-    *,
-    fp8: bool,
-) -> dict[str, Any]:
+def result_of(given: dict[str, Any], planned: PlannedSet, target_error: float, *, fp8: bool) -> dict[str, Any]:
     """Returns a JSON document with the plan of attention for the calibration set. Raises WanFastError.
 
     If this plan of attention is not stored yet, the clips are measured first. `given`: the options that the user gave.
-    `plans`: the plan of each clip's video. `fp8`: whether float8 is tried too.
+    `fp8`: whether float8 is tried too.
     """
-    config, store = plans[0].config, ArtifactStore(Path(plans[0].config.models.artifacts_dir))
-    inputs = plan_inputs(config, files, digest_of(clips)) | {"target_error": target_error}
-    inputs |= {"fp8": True} if fp8 else {}
-    folder, made_here = store.find(KIND, inputs, verify=True), False
-    if folder is None:
-        bands, dit = bands_of(plans[0].experts), files.spec.dit
-        of_clips = [plan_inputs(plan.config, files, digest_of([clip])) for plan, clip in zip(plans, clips, strict=True)]
-        shape = len(bands), dit.num_layers, dit.num_heads
-        measured = measured_clips(
-            "calibrate-attention",
-            KIND,
-            of_clips,
-            plans,
-            store,
-            partial(is_whole, shape=shape, fp8=fp8),
-        )
-        text = json.dumps({"clips": len(clips), "bands": bands, **chosen(measured, target_error, fp8=fp8)})
-        published = store.publish(
-            KIND, inputs, lambda into: write_synced(into / PLAN, text + "\n"), packages.versions()
-        )
-        folder, made_here = published.folder, published.made_here
-    return {
-        "output": str(folder),
-        "key": folder.name,
-        "was_there": not made_here,
-        "requested": given,
-        "inputs": inputs,
-        **read_object(folder / PLAN, "remove its folder, and run this command again"),
-        "versions": packages.versions(),
-    }
+    bands, dit = bands_of(planned.plans[0].experts), planned.files.spec.dit
+
+    def writer(measured: list[dict[str, Any]]) -> Callable[[Path], None]:
+        plan = {"clips": len(planned.clips), "bands": bands, **chosen(measured, target_error, fp8=fp8)}
+        return lambda into: write_synced(into / PLAN, json.dumps(plan) + "\n")
+
+    is_measured = partial(is_whole, shape=(len(bands), dit.num_layers, dit.num_heads), fp8=fp8)
+    further = {"target_error": target_error, **({"fp8": True} if fp8 else {})}
+    result = calibrated("calibrate-attention", KIND, planned, plan_inputs, further, is_measured, writer)
+    plan = read_object(Path(result["output"]) / PLAN, "remove its folder, and run this command again")
+    return {**result, "requested": given, **plan}
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,21 +13,13 @@ import typer
 from rich.console import Console
 
 from wanfast.commands import options
-from wanfast.commands.calibration import measured_clips, plans_of
-from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
+from wanfast.commands.calibration import PlannedSet, calibrated, planned_set
 from wanfast.magcache_calib.ratios import PLOT, against_preset, averaged, is_whole, write_curve
-from wanfast.runtime.config import NO_VIDEO, of_command
-from wanfast.runtime.config.option import absolute
+from wanfast.runtime.config import of_command
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine import packages
-from wanfast.runtime.machine.once import asked_once
-from wanfast.runtime.planning.completed import model_of
-from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import KIND, RATIOS, curve_inputs
 from wanfast.runtime.store.json_files import read_object
-from wanfast.runtime.store.model_files import ModelFiles
-from wanfast.runtime.store.quantized import require_experts
 
 
 @options.takes_options("calibrate-magcache")
@@ -49,63 +42,34 @@ def calibrate_magcache(
         )
     if find_spec("matplotlib") is None:
         raise ConfigError(f"the plot of the curve needs matplotlib: run `{packages.install('plots')}`")
-    with asked_once():
-        files = model_of({**NO_VIDEO, **given})  # before the clips are read
-        files.require()
-        folder = shipped_set(files.spec) if set_ is None else Path(absolute(str(set_), "--set"))
-        clips = read_set(folder, seed, takes_images=files.spec.takes_images)
-        plans = planned(given, clips, files)
-        require_experts(files, plans[0].config.models)
+    # Each step's residual is compared with that of the step before, so that the memory holds two of each branch.
+    planned = planned_set(given, set_, seed, requested=given, residuals_a_branch=2)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
-    result = calibrated(given, plans, clips, files)
+    result = result_of(given, planned)
     console.print(describe(result), markup=False)
     if json_:
         print(json.dumps(result))
 
 
-def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list[Plan]:
-    """Returns one plan for each clip. Raises WanFastError.
-
-    The plan's memory includes two residuals for each branch, because each step's residual is compared with the residual
-    of the previous step.
-    """
-    return plans_of(given, clips, files, requested=given, residuals_a_branch=2)
-
-
-def calibrated(given: dict[str, Any], plans: list[Plan], clips: list[Clip], files: ModelFiles) -> dict[str, Any]:
+def result_of(given: dict[str, Any], planned: PlannedSet) -> dict[str, Any]:
     """Returns a JSON document: the curve of the calibration set, and how the preset differs from this curve.
 
     The preset is the curve that ships for this model. If the set's curve is missing, it is measured first. Raises
     WanFastError.
     """
-    config = plans[0].config
-    store, inputs = ArtifactStore(Path(config.models.artifacts_dir)), curve_inputs(config, files, digest_of(clips))
-    folder, made_here = store.find(KIND, inputs, verify=True), False
-    if folder is None:
-        of_clips = [
-            curve_inputs(plan.config, files, digest_of([clip])) for plan, clip in zip(plans, clips, strict=True)
-        ]
-        is_measured = partial(is_whole, num_steps=len(plans[0].schedule))
-        measured = measured_clips("calibrate-magcache", KIND, of_clips, plans, store, is_measured)
-        averages = averaged(measured)
-        published = store.publish(
-            KIND,
-            inputs,
-            lambda into: write_curve(into, averages, config, files.spec, len(clips)),
-            packages.versions(),
-        )
-        folder, made_here = published.folder, published.made_here
-    curve = read_object(folder / RATIOS, "remove its folder, and run this command again")
+    first, spec, num_clips = planned.plans[0], planned.files.spec, len(planned.clips)
+
+    def writer(measured: list[dict[str, Any]]) -> Callable[[Path], None]:
+        return partial(write_curve, curve=averaged(measured), config=first.config, spec=spec, num_clips=num_clips)
+
+    is_measured = partial(is_whole, num_steps=len(first.schedule))
+    result = calibrated("calibrate-magcache", KIND, planned, curve_inputs, {}, is_measured, writer)
+    curve = read_object(Path(result["output"]) / RATIOS, "remove its folder, and run this command again")
     return {
-        "output": str(folder),
-        "key": folder.name,
-        "was_there": not made_here,
-        "clips": len(clips),
+        **result,
         "requested": given,
-        "inputs": inputs,
         **{name: curve[name] for name in ("ratios", "spread", "scatter", "cosine_distance", "timesteps", "experts")},
-        "preset": against_preset(curve, config, files),
-        "versions": packages.versions(),
+        "preset": against_preset(curve, first.config, planned.files),
     }
 
 
