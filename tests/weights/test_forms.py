@@ -118,6 +118,19 @@ def test_a_large_gguf_tensor_is_dequantized_in_pieces(
     assert equal(state(build(files)), exact)
 
 
+@pytest.mark.parametrize("form", expert_forms.GGUF)
+def test_a_rank_without_rows_of_a_sharded_gguf_tensor_reads_none(
+    source: ModelFiles, weights: dict[str, Tensor], tmp_path: Path, form: str
+) -> None:
+    files, _ = written(source, weights, tmp_path, form)
+    named = files.named("high_noise")
+    assert named is not None
+    reader = forms._FormReader(named.header(), named.files[0], 1)
+    for key, (shape, _) in reader.header().items():
+        rows = reader.rows(key, shape[0], shape[0])
+        assert (list(rows.shape), rows.dtype) == ([0, *shape[1:]], torch.float32), key
+
+
 def test_ranks_that_dequantize_at_the_same_time_share_the_cores(
     source: ModelFiles, weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

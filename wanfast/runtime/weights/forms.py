@@ -90,6 +90,8 @@ class _FormReader:
 
 def _dequantized(stored: Stored, offset: int, first: int, end: int, cores: int) -> Tensor:
     """Returns rows of a tensor of a GGUF file in float32; threads work on pieces of them."""
+    if first == end:  # a rank of a sharded expert may hold no rows, and the package cannot dequantize none
+        return torch.empty(0, *stored.shape[1:])
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize, quant_shape_to_byte_shape
 
