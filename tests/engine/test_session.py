@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.compiling import compiler
 from tests.media.test_earlier_video import write
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import compilation, held_texts, prompt_embeds
+from wanfast.runtime.engine import compilation, held_texts, loading, prompt_embeds
 from wanfast.runtime.engine import session as session_module
 from wanfast.runtime.engine.held_texts import MOST, HeldTexts
 from wanfast.runtime.engine.prompt_embeds import Encoded
@@ -65,6 +66,29 @@ def test_compiler_caches_are_loaded_once_for_each_key(
     sessions.close()
     make([small], sessions)
     assert looked == [of_small, of_large, of_small]  # a new session
+
+
+def test_a_process_compiles_for_more_sizes_than_torch_holds_graphs(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs of earlier sizes are freed, also those of a session that was closed."""
+    counter = compiler(monkeypatch, loading)
+    monkeypatch.setattr(session_module, "load_caches", lambda *a, **k: None)
+    monkeypatch.setattr(compilation, "_GRAPHS", 2 * compilation._GRAPHS_OF_A_SHAPE)
+    monkeypatch.setattr(compilation, "_compiled", set())
+    monkeypatch.setattr(session_module.hardware, "forget_cuda_graphs", lambda: None)  # as if none was ever captured
+    sessions = Sessions(Ranks("cpu"))
+
+    def frames_of(*sizes: str) -> list[Any]:
+        results = make([job_of(compile=True, size=size) for size in sizes], sessions)
+        return [np.load(result["frames"]) for result in results]
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        first, second = frames_of("64x64", "96x64")
+        sessions.close()
+        again, _, last = frames_of("96x64", "96x96", "64x64")
+    assert counter.frame_count == 4  # 96x64 is compiled once
+    assert (first == last).all() and (second == again).all()
 
 
 class Loader:

@@ -58,15 +58,16 @@ def _front_end_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolution, "_handle", lambda device: None)
 
 
-def convolve_by(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def convolve_by(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch, width: int = 7) -> Tensor:
     """Convolves as on a GPU, by the engines of `front_end`; returns the difference from torch's result."""
     monkeypatch.setattr(convolution, "_build", front_end.build)
     monkeypatch.setattr(convolution, "_seconds", lambda graph, tensors: front_end.seconds[front_end.runs[-1]])
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn((1, 4, 5, 6, 7), generator=generator), torch.randn((3, 4, 3, 3, 3), generator=generator)
+    x = torch.randn((1, 4, 5, 6, width), generator=generator)
+    weight = torch.randn((3, 4, 3, 3, 3), generator=generator)
     bias = torch.randn(3, generator=generator)
     got = convolution._by_cudnn(x.contiguous(memory_format=LAYOUT), weight, bias, (1, 1, 1), (0, 1, 1))
-    assert got.shape == (1, 3, 3, 6, 7)
+    assert got.shape == (1, 3, 3, 6, width)
     return (got - F.conv3d(x, weight, bias, padding=(0, 1, 1))).abs().max()
 
 
@@ -81,6 +82,18 @@ def test_the_fastest_engine_is_searched_once_and_kept(monkeypatch: pytest.Monkey
     front_end.runs.clear()
     convolve_by(front_end, monkeypatch)
     assert front_end.runs == ["best"]
+
+
+def test_graphs_of_many_shapes_are_freed_and_their_engines_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "_MOST_GRAPHS", 3)
+    front_end = FrontEnd(first=3.0, best=1.0)
+    for width in range(3, 13):
+        assert convolve_by(front_end, monkeypatch, width) < 1e-5
+        assert len(convolution._graphs) <= 3
+    assert list(convolution.chosen().values()) == ["best"] * 10
+    front_end.runs.clear()
+    convolve_by(front_end, monkeypatch, 3)
+    assert front_end.runs == ["best"]  # built again without a search
 
 
 def test_a_given_choice_is_taken_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:

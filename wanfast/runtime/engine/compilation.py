@@ -47,7 +47,9 @@ from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.sharing import who_can_write
 
 KIND = "inductor"
-_SIZES = 128  # shapes that one process may compile for: a list has more than 8, torch's limit, and a video up to two
+_GRAPHS = 128  # that one process holds; torch's own limit is 8, and a list may have more shapes
+_GRAPHS_OF_A_SHAPE = 4  # at most: ranks that regroup double them, and so does attention in float8
+_compiled: set[str] = set()  # the keys for which this process may hold graphs
 # The code that becomes the graphs, and the code that compiles them.
 _CODE = (
     "runtime/models/*.py", "runtime/distributed/*.py", "runtime/engine/compilation.py", "runtime/jobs/warmup.py",
@@ -97,9 +99,22 @@ def make_traceable() -> None:
     torch._dynamo.allow_in_graph(rearrange)  # type: ignore[no-untyped-call]
 
 
+def make_room_for_graphs(key: str) -> bool:
+    """Frees all graphs if the graphs of `key` might exceed torch's limit, which is an error; returns whether it did.
+
+    `key`: the hash of `cache_inputs`. Freed graphs are compiled again when they are needed.
+    """
+    is_full = key not in _compiled and _GRAPHS_OF_A_SHAPE * len(_compiled) >= _GRAPHS
+    if is_full:
+        torch.compiler.reset()
+        _compiled.clear()
+    _compiled.add(key)
+    return is_full
+
+
 def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
     """Makes every block of `model` run compiled; the first forward of the model compiles the blocks."""
-    torch._dynamo.config.recompile_limit = _SIZES
+    torch._dynamo.config.recompile_limit = _GRAPHS
     make_traceable()
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=False, mode=None if mode == "default" else mode)

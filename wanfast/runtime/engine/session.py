@@ -31,6 +31,7 @@ from wanfast.runtime.engine.compilation import (
     cache_inputs,
     compiled_anew,
     load_caches,
+    make_room_for_graphs,
 )
 from wanfast.runtime.engine.denoise import StepFn
 from wanfast.runtime.engine.finite import require_finite
@@ -268,10 +269,13 @@ class Session:
     def _warm_start(self, plan: Plan, exact: Attention) -> str | None:
         """Loads the caches that `wanfast warmup` stored for this plan and returns their key; None if there are none.
 
-        A session loads the caches of a key once, because its blocks are compiled after the first video of this key.
+        A session loads the caches of a key once, because its blocks are compiled after the first video of this key. It
+        loads them again after the graphs were freed, which happens after very many shapes.
         """
         inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens, exact)
-        if (key := key_of(inputs)) not in self._compile_caches:
+        if make_room_for_graphs(key := key_of(inputs)):
+            self._compile_caches.clear()
+        if key not in self._compile_caches:
             store = ArtifactStore(Path(plan.config.models.artifacts_dir))
             is_named = is_artifacts_dir_named(plan.requested)
             self._compile_caches[key] = load_caches(store, inputs, self.ranks, is_named=is_named)

@@ -35,6 +35,7 @@ _ALIGNED_BYTES = 16  # of a position's channels; engines copy what has fewer
 _RUNS = 3  # of each engine in a search; the fastest run counts
 _HOPELESS = 1.5  # an engine this much slower than the best so far runs only once
 _MOST_WORKSPACE_BYTES = 256 << 20
+_MOST_GRAPHS = 1024  # that a process holds; a video size needs about 40
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: Triple = (1, 1, 1), padding: Triple) -> Tensor:
@@ -154,6 +155,8 @@ def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor, stride: Triple, padding: 
     out = torch.empty(problem.out, dtype=x.dtype, device=x.device, memory_format=layout)
     tensors = {"x": x, "weight": weight, "bias": bias, "out": out}
     if problem not in _graphs:
+        if len(_graphs) >= _MOST_GRAPHS:
+            _graphs.clear()  # `_chosen` still names their engines
         _graphs[problem] = _search(problem, tensors)
     _used.add(problem)
     graph = _graphs[problem]
