@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store import model_files
 from wanfast.runtime.weights.builders import build_vae
+from wanfast.runtime.weights.experts import ResidentExperts
 
 
 @pytest.fixture
@@ -77,6 +79,26 @@ def test_memory_that_runs_out_hands_no_frame_on_twice(
     pipeline.frames(latent, plan.geometry, Stopwatch("cpu"), lambda frames: handed.append(frames.copy()))
     assert next(calls) == 6  # three pieces, of which the last failed, and three again
     assert np.array_equal(np.concatenate(handed), expected)
+
+
+@pytest.mark.parametrize(
+    ("free", "freed_by_garbage", "events"),
+    [(60 << 30, 0, []), (0, 60 << 30, ["collect"]), (0, 0, ["collect", "evict", "collect"])],
+    ids=["enough memory", "garbage holds enough", "too little memory"],
+)
+def test_garbage_is_collected_only_if_memory_is_missing_and_before_weights_are_evicted(
+    opened: tuple[VideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch, free: int,
+    freed_by_garbage: int, events: list[str],
+) -> None:  # fmt: skip
+    """A collection takes tenths of a second, in which the GPU waits."""
+    pipeline, plan, latent = opened
+    found: list[str] = []
+    evict = ResidentExperts.evict
+    monkeypatch.setattr(gc, "collect", lambda: found.append("collect"))
+    monkeypatch.setattr(ResidentExperts, "evict", lambda self, size: found.append("evict") or evict(self, size))
+    monkeypatch.setattr(pipeline_module, "free_bytes", lambda device: free + ("collect" in found) * freed_by_garbage)
+    pipeline.frames(latent, plan.geometry, Stopwatch("cpu"))
+    assert found == events
 
 
 def test_a_piece_that_is_not_finite_is_not_handed_on(

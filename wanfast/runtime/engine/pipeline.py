@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wanfast.runtime.device.finite import all_finite
-from wanfast.runtime.device.hardware import free_bytes, free_memory, is_out_of_memory
+from wanfast.runtime.device.hardware import empty_cache, free_bytes, free_memory, is_out_of_memory
 from wanfast.runtime.device.meta import on_meta
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
@@ -145,7 +145,7 @@ class VideoPipeline:
 
         If memory runs out on a rank, all ranks decode again from the start; no piece is yielded twice.
         """
-        free_memory(self.device)  # the decoder allocates blocks of other sizes than the loop
+        empty_cache(self.device)  # the decoder allocates blocks of other sizes than the loop
         precision: Precision = "bf16" if self.vae.decoder_dtype == torch.bfloat16 else "fp32"
         self.make_room(decode_bytes(self.spec, geometry, precision) // self.ranks.size)
         yielded = 0
@@ -163,10 +163,13 @@ class VideoPipeline:
                         yield piece[0]
 
     def make_room(self, wanted: int) -> None:
-        """Evicts weights if this rank's GPU has fewer than `wanted` free bytes; on a CPU, evicts nothing.
+        """Collects garbage if this rank's GPU has fewer than `wanted` free bytes, and then evicts weights if needed.
 
-        Evicts about as many bytes as are missing; if this is not possible, evicts as many as possible.
+        Evicts about as many bytes as are missing; if this is not possible, evicts as many as possible. On a CPU,
+        nothing happens.
         """
+        if wanted > free_bytes(self.device):
+            free_memory(self.device)
         if (missing := wanted - free_bytes(self.device)) > 0:
             self.experts.evict(missing)
 
