@@ -237,6 +237,25 @@ def test_a_text_that_is_not_finite_costs_no_other_text(workdir: Path, monkeypatc
     assert len(loads) == 1
 
 
+@pytest.mark.parametrize(("error", "loads"), [(NotFiniteError, 1), (torch.OutOfMemoryError, 2)])
+def test_a_text_that_fails_leaves_the_models_loaded_unless_memory_ran_out(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], loads: int
+) -> None:
+    loaded: list[int] = []
+    load, encode = session_module.load_models, session_module.prompt_embeds
+    monkeypatch.setattr(session_module, "load_models", lambda *a: loaded.append(1) or load(*a))
+
+    def failing(texts: list[str], *others: Any) -> Encoded:
+        if "bad" in texts:
+            raise error("no embedding")
+        return encode(texts, *others)
+
+    monkeypatch.setattr(session_module, "prompt_embeds", failing)
+    sessions = Sessions(Ranks("cpu"))
+    results = [make([job_of(prompt=prompt)], sessions)[0] for prompt in ("a cat", "bad", "a cat")]
+    assert ["error" in result for result in results] == [False, True, False] and len(loaded) == loads
+
+
 @pytest.mark.parametrize("option", ["image", "continue_from"])
 def test_the_clips_of_a_video_decode_each_source_once(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, option: str

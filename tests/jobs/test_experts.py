@@ -197,10 +197,10 @@ def test_the_published_model_without_its_experts(experts: Path) -> None:
 def test_a_file_that_changes_after_the_plan_is_refused(experts: Path) -> None:
     models = identified(ModelsConfig(model="tiny", low_noise_expert="low_noise.gguf"))
     files = model_files.locate_for(models)
-    assert loading._merges(files, models).keys() == {"high_noise", "low_noise"}
+    assert loading.merges_of(files, models).keys() == {"high_noise", "low_noise"}
     FORMS["GGUF Q8_0"](experts / "low_noise.gguf", tiny("high_noise"))
     with pytest.raises(ConfigError, match="the file of an expert changed since the plan was made"):
-        loading._merges(files, models)
+        loading.merges_of(files, models)
 
 
 def test_the_plan_on_a_terminal_and_the_doctor_know_the_experts(wanfast: Wanfast, experts: Path) -> None:

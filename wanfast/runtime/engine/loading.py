@@ -60,7 +60,7 @@ def load_models(
     choice = attention_probe.agree(wanted.attention, ranks, dtype, files.spec.dit.head_dim)
     attend = attention_by(choice.exact)
     lossy = lossy_attention(choice.kernel, attend, files.spec.dit.num_heads, ranks)
-    merges = ranks.together(lambda: _merges(files, wanted))
+    merges = ranks.together(lambda: merges_of(files, wanted))
 
     def build(expert: Expert) -> WanDiT:
         before_each()
@@ -105,14 +105,19 @@ def lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks
 
 
 def replace_loras(
-    experts: Experts, old: ModelsConfig, files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
+    experts: Experts,
+    old: ModelsConfig,
+    merges: dict[Expert, MergeFn],
+    files: ModelFiles,
+    config: EffectiveConfig,
+    ranks: Ranks,
+    loads: Stopwatch,
 ) -> None:
-    """Replaces the LoRAs of the loaded experts with the LoRAs of `config`.
+    """Replaces the LoRAs of the loaded experts with the LoRAs of `config`, for which `merges_of` returned `merges`.
 
     `old`: the options with which the experts were loaded. An expert is read again only if its LoRAs in `old` differ
     from its LoRAs in `config`. The seconds of reading are added to `loads`. Raises WanFastError.
     """
-    merges = ranks.together(lambda: _merges(files, config.models))
     for expert in EXPERTS:
         if inputs_of(loras_of(old), expert) != inputs_of(loras_of(config.models), expert):
             with loads.span(expert):
@@ -145,10 +150,12 @@ def _place(models: dict[Expert, WanDiT], config: EffectiveConfig, ranks: Ranks) 
     return ResidentExperts(models, ranks.device, may_move=may_move)
 
 
-def _merges(files: ModelFiles, models: ModelsConfig) -> dict[Expert, MergeFn]:
+def merges_of(files: ModelFiles, models: ModelsConfig) -> dict[Expert, MergeFn]:
     """Returns for each expert the function that merges its LoRAs.
 
     The LoRAs of both experts are checked before a weight is read, and so are the files of experts that options name.
+    Raises CorruptArtifactError if a LoRA does not fit the model, and ConfigError if a file changed since the plan was
+    made.
     """
     if (now := identified(models)) != models:
         whose = "a LoRA" if now.expert_sha256 == models.expert_sha256 else "an expert"

@@ -36,7 +36,7 @@ from wanfast.runtime.engine.compilation import (
 from wanfast.runtime.engine.denoise import StepFn
 from wanfast.runtime.engine.finite import require_finite
 from wanfast.runtime.engine.held_texts import HeldTexts
-from wanfast.runtime.engine.loading import load_models, replace_loras, stored_experts
+from wanfast.runtime.engine.loading import load_models, merges_of, replace_loras, stored_experts
 from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.pixels import Frame, Frames, FramesFn
 from wanfast.runtime.engine.prompt_embeds import Encoded, prompt_embeds
@@ -117,19 +117,28 @@ class Session:
             self._stored = stored_experts(self.files, self.config.models)
         return self._pipeline
 
+    @property
+    def is_loaded(self) -> bool:
+        """Returns whether the experts and the VAE are loaded."""
+        return self._pipeline is not None
+
     @hardware.one_out_of_memory_error()
     def use_loras(self, models: ModelsConfig) -> None:
         """Replaces the session's LoRAs by the LoRAs of `models`; all other values of `models` must equal the session's.
 
         Only the experts whose LoRAs differ are read again, into the same memory. Compiled blocks, the VAE and text
-        embeddings stay. An error frees all models; the session then loads them again when it needs them.
+        embeddings stay. If a new LoRA does not fit the model, all ranks raise WanFastError, and the session stays as it
+        was. A later error frees all models; the session then loads them again when it needs them.
         """
-        old, self.config = self.config.models, dataclasses.replace(self.config, models=models)
+        old, config = self.config.models, dataclasses.replace(self.config, models=models)
         if self._pipeline is None or old == models:
+            self.config = config
             return
+        merges = self.ranks.together(lambda: merges_of(self.files, models))
+        self.config = config
         try:
             with self.watch.span("load"):
-                replace_loras(self._pipeline.experts, old, self.files, self.config, self.ranks, self._loads)
+                replace_loras(self._pipeline.experts, old, merges, self.files, config, self.ranks, self._loads)
             self._stored = stored_experts(self.files, models)
         except BaseException:
             self.close()
@@ -304,6 +313,11 @@ class Sessions:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._open: Session | None = None
+
+    @property
+    def are_loaded(self) -> bool:
+        """Returns whether a session is open and its models are loaded."""
+        return self._open is not None and self._open.is_loaded
 
     def of(self, config: EffectiveConfig) -> Session:
         """Returns a session with the models of `config`: the open session if it has these models, otherwise a new one.

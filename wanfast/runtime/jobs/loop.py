@@ -142,7 +142,9 @@ def _loaded(
         if share.groups > 1 and not isinstance(error, MissingArtifactError | CorruptArtifactError):
             raise  # other rank groups may have more memory and run the remaining jobs
         failed = _failure(error, sessions.ranks, f"{models}: the weights do not fit into memory: {fix}")
-    sessions.close()  # only here, because the error holds what was loaded
+        is_intact = sessions.are_loaded and isinstance(error, WanFastError)  # a wrong LoRA or text harms no model
+    if not is_intact:
+        sessions.close()  # only here, because the error holds what was loaded
     return failed
 
 
