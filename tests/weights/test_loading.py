@@ -97,6 +97,19 @@ def test_a_rank_group_reads_each_byte_about_once(tmp_path: Path, bytes_read: lis
             assert total / 2 * 0.99 < read < total / 2 * 1.05  # every rank reads small tensors itself
 
 
+def test_ranks_whose_weights_stay_on_the_host_exchange_nothing(tmp_path: Path, bytes_read: list[int]) -> None:
+    """Each rank reads the whole expert, because the page cache is faster than an exchange between processes."""
+    sparse_model.write(tmp_path, SMALL, shard_bytes=50_000_000)
+    files = model_files.locate(str(tmp_path), "artifacts")
+
+    def work(ranks: Ranks) -> tuple[int, list[str]]:
+        on_gpus = dataclasses.replace(ranks, device="cuda")
+        model = builders.build_expert(files, "high_noise", "bf16", on_gpus, device="cpu")
+        return sum(bytes_read), sparse_model.wrong_tensors(model, 0, 1)
+
+    assert on_ranks(Mesh(ulysses=2), work) == [(sparse_model.num_bytes(SMALL), [])] * 2
+
+
 class Odd(nn.Module):
     """Holds tensors that ranks do not divide: fewer rows than ranks, one row, none."""
 

@@ -4,7 +4,8 @@ A module is built on the meta device, where its parameters have names, shapes an
 parameters one by one: it reads the values from the memory-mapped file, moves them to the device, and casts them to the
 parameter's dtype. Memory holds only one copy of the model, even if the file has another dtype than the module.
 The ranks of a rank group share the reading. If a parameter is sharded, each rank reads its own rows. If a large
-parameter is not sharded, each rank reads a part of it, and the ranks exchange the parts.
+parameter is not sharded, each rank reads a part of it, and the ranks exchange the parts. Ranks on GPUs exchange no
+parts of weights that stay on the host: each rank reads them whole, and the page cache holds what another rank has read.
 A Reader reads one file. Most files store plain values. Some files store numbers and scales, and a value is a number
 times its scale. If the numbers have the 8-bit dtype of the module's quantized layers, and no LoRA is merged, the
 numbers and the scales are loaded unchanged.
@@ -153,7 +154,7 @@ def _read(
     """
     places = ranks.together(lambda: _match(_to_read(wanted, quantizing), source))
     finite: Finite = {}
-    parts = {name: _own_part(tensor, ranks) for name, tensor in wanted.items()}
+    parts = {name: _own_part(tensor, ranks, device) for name, tensor in wanted.items()}
     mapped = ((tensor, tensor.rows(*parts[tensor.name].rows)) for tensor in _in_order_of_files(places, source))
     for tensor, stored in staging.to_device(mapped, device, host.share_of_cores(ranks.mesh.size)):
         name, part, scheme = tensor.name, parts[tensor.name], quantizing.get(tensor.name)
@@ -303,10 +304,14 @@ class _Part:
         return ranks.gather_rows(rows) if self.is_shared else from_own_rows(rows, self.wanted)
 
 
-def _own_part(wanted: Tensor, ranks: Ranks) -> _Part:
-    """Returns the part that this rank reads, so that as few ranks as possible read the same bytes."""
+def _own_part(wanted: Tensor, ranks: Ranks, device: str) -> _Part:
+    """Returns the part that this rank reads, so that as few ranks as possible read the same bytes.
+
+    Ranks on GPUs whose weights stay on the host share nothing, because the page cache is faster than their exchange.
+    """
     first, end = own_rows(wanted)
-    if is_sharded(wanted) or wanted.numel() < _WORTH_SHARING or end % ranks.size:
+    is_worth_sharing = device == ranks.device and wanted.numel() >= _WORTH_SHARING
+    if is_sharded(wanted) or not is_worth_sharing or end % ranks.size:
         return _Part(wanted, (first, end), is_shared=False)
     return _Part(wanted, (ranks.rank * end // ranks.size, (ranks.rank + 1) * end // ranks.size), is_shared=True)
 
