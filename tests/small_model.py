@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from wanfast.bench.model_folder import randomise
+from wanfast.runtime.device.timing import Stopwatch
+from wanfast.runtime.engine.pipeline import VideoPipeline
+from wanfast.runtime.engine.pixels import Frames
 from wanfast.runtime.facts.choices import BRANCHES, Branch
 from wanfast.runtime.facts.model_spec import T2V_A14B, DiTSpec, ModelSpec, UMT5Spec, VAESpec
 from wanfast.runtime.models.dit import WanDiT
@@ -69,3 +72,9 @@ def blank_inputs(plan: Plan, files: ModelFiles) -> tuple[Tensor, dict[Branch, Te
     """Returns a pipeline's inputs: a grey image if the model takes one, and random text embeddings."""
     images = torch.zeros(int(files.spec.takes_images), 3, plan.geometry.height, plan.geometry.width)
     return images, {branch: torch.randn(4, files.spec.dit.text_dim) for branch in BRANCHES}
+
+
+def frames_of(pipeline: VideoPipeline, plan: Plan, images: Tensor, text: dict[Branch, Tensor]) -> Frames | None:
+    """Returns the frames that a session makes of these inputs on a CPU; None on all ranks except the leader."""
+    latent = pipeline.latent(plan, images, text, Stopwatch("cpu"), lambda done, expert: None, plan.residuals())
+    return pipeline.frames(latent, plan.geometry, Stopwatch("cpu"))

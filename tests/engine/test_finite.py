@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.conftest import Outcome
 from tests.on_ranks import on_ranks
-from tests.small_model import blank_inputs, plan_small_model
+from tests.small_model import blank_inputs, frames_of, plan_small_model
 from wanfast.runtime.device.finite import all_finite
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
@@ -136,10 +136,10 @@ def test_all_ranks_raise_what_one_computed(small_model: Path, workdir: Path, mon
             monkeypatch.setattr(WanDiT, "forward", spoiled(forward, 1) if spoil_forward else forward)
             monkeypatch.setattr(WanVAE, "_decode", spoiled(decode, 0) if spoil_decode else decode)
             with pytest.raises(NotFiniteError) as error:
-                own(plan, image, text, Stopwatch("cpu"))
+                frames_of(own, plan, image, text)
             found.append((str(error.value).split(":")[0], error.value.is_agreed))
         monkeypatch.setattr(WanVAE, "_decode", decode)
-        own(plan, image, text, Stopwatch("cpu"))
+        frames_of(own, plan, image, text)
         return found
 
     step = "the latent after step 2 of 4, by the high-noise expert, holds NaN or an infinity"
@@ -173,7 +173,7 @@ def test_unlike_ranks_get_the_leaders_noise(small_model: Path, workdir: Path, mo
         own = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
         seen: list[Tensor] = []
         monkeypatch.setattr(pipeline_module, "denoise", lambda noise, *rest, **more: seen.append(noise) or noise)
-        own(plan, image, text, Stopwatch("cpu"))
+        frames_of(own, plan, image, text)
         return seen[0].clone()
 
     expected = draw(plan.config.video.seed, plan.geometry, 16, "cpu")
@@ -197,7 +197,7 @@ def test_the_texts_keys_of_an_expert_go_with_its_steps(
     keys: list[weakref.ref[Tensor]] = []
     monkeypatch.setattr(WanDiT, "encode_text", encoded)
     own = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
-    own(plan, *blank_inputs(plan, files), Stopwatch("cpu"))
+    frames_of(own, plan, *blank_inputs(plan, files))
     blocks = files.spec.dit.num_layers
     assert alive == [0, blocks, 0, blocks]  # the prompt and the negative prompt of one expert, then of the other
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from tests.compiling import compiler
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error
-from tests.small_model import SPEC, blank_inputs, plan_small_model
+from tests.small_model import SPEC, blank_inputs, frames_of, plan_small_model
 from wanfast.bench.model_folder import randomise
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
@@ -220,9 +221,9 @@ def test_offloaded_experts_leave_the_device_to_the_decoder(
 
     monkeypatch.setattr(WanVAE, "_decode", measured)
     image, text = blank_inputs(plan, files)
-    videos = [pipeline(plan, image, text, Stopwatch("cpu")) for _ in range(2)]
+    videos = [frames_of(pipeline, plan, image, text) for _ in range(2)]
     assert held == [0] * 4  # two pieces of two videos
-    assert torch.equal(*videos)  # the weights come back
+    assert np.array_equal(*videos)  # the weights come back
 
 
 def out_of_memory(
@@ -254,7 +255,7 @@ def test_resident_experts_are_evicted_and_come_back(
     plan = with_options(plan, compile=True)
     pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     image, text = blank_inputs(plan, files)
-    expected = pipeline(plan, image, text, Stopwatch("cpu"))
+    expected = frames_of(pipeline, plan, image, text)
     parameters = [parameter for expert in EXPERTS for parameter in pipeline.experts._experts[expert].parameters()]
     room = sum(parameter.nbytes for parameter in parameters[-3:])  # three at a time
     work, hosted = getattr(type(pipeline.vae), method), experts._to_host
@@ -275,7 +276,7 @@ def test_resident_experts_are_evicted_and_come_back(
     for _ in range(2):
         monkeypatch.setattr(type(pipeline.vae), method, out_of_memory(times, measured, kind))
         with torch._dynamo.config.patch(error_on_recompile=True):
-            assert torch.equal(pipeline(plan, image, text, Stopwatch("cpu")), expected)
+            assert np.array_equal(frames_of(pipeline, plan, image, text), expected)
     away = held[0].count(False)
     calls = 2 * (2 if method == "_decode" else 1)  # a video is decoded in two pieces
     assert away >= times and held == [[True] * (len(parameters) - away) + [False] * away] * calls  # needed last
@@ -315,16 +316,16 @@ def test_the_vae_has_its_memory_before_its_first_attempt(
         monkeypatch.setattr(WanVAE, name, checked(name))
     image, text = blank_inputs(plan, files)
     for _ in range(2):
-        assert pipeline(plan, image, text, Stopwatch("cpu")) is not None
+        assert frames_of(pipeline, plan, image, text) is not None
     assert calls == 2 * ["encode", "_decode", "_decode"]  # a video is decoded in two pieces
 
 
-Shared = tuple[torch.Tensor, torch.Tensor | None, int, list[str]]
+Shared = tuple[torch.Tensor, pixels.Frames | None, int, list[str]]
 
 
 @torch.inference_mode()
 def by_the_vae(plan: Plan, files: ModelFiles, ranks: Ranks, *failures: Container[int]) -> list[Shared]:
-    """Returns condition, video, evicted weights and errors, for each container of numbers.
+    """Returns condition, frames, evicted weights and errors, for each container of numbers.
 
     The VAE's convolutions of these numbers fail on rank 1.
     """
@@ -354,8 +355,8 @@ def shared(
     while True:
         try:
             condition = pipeline.encode_condition(image, g)
-            video = pipeline.decode(latent, g, Stopwatch("cpu"))
-            return condition, video, len(pipeline.experts._evicted), errors
+            frames = pipeline.frames(latent, g, Stopwatch("cpu"))
+            return condition, frames, len(pipeline.experts._evicted), errors
         except ConfigError as error:
             assert error.is_agreed
             errors.append(str(error))
@@ -375,7 +376,7 @@ def test_ranks_that_share_a_frame_begin_again_together(
     expected, got = zip(*made, strict=True)
     assert [evicted for _, _, evicted, _ in got] == [0, len(in_each), 0, 0]
     assert all(torch.equal(own[0], other[0]) for own, other in zip(got, expected, strict=True))
-    assert torch.equal(got[0][1], expected[0][1]) and [errors for *_, errors in got] == [[]] * 4
+    assert np.array_equal(got[0][1], expected[0][1]) and [errors for *_, errors in got] == [[]] * 4
 
 
 class OtherRows:
@@ -495,7 +496,7 @@ def test_an_error_that_is_not_of_memory_is_not_tried_again(
     monkeypatch.setattr(ResidentExperts, "evict", lambda self, size: pytest.fail("evicted"))
     monkeypatch.setattr(pipeline_module, "free_bytes", lambda device: 60 << 30)
     with pytest.raises(RuntimeError, match="unable to find an engine") as error:
-        pipeline(plan, image, text, Stopwatch("cpu"))
+        frames_of(pipeline, plan, image, text)
     assert type(error.value) is RuntimeError
 
 
@@ -510,7 +511,7 @@ def test_a_decoder_that_does_not_fit_at_all_is_reported(
         monkeypatch.setattr(WanVAE, "_decode", out_of_memory(times, decode))
         pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
         with pytest.raises(ConfigError, match=r"--size 80x64 --frames 5: does not fit") as caught:
-            pipeline(plan, image, text, Stopwatch("cpu"))
+            frames_of(pipeline, plan, image, text)
         assert caught.value.is_agreed  # so that only this video is lost
 
 

@@ -66,7 +66,7 @@ def test_a_cancelled_job_keeps_the_models_and_is_not_decoded(job: Job, monkeypat
     run(job, sessions)
     loaded = sessions.of(job.config)._pipeline
     assert loaded is not None
-    monkeypatch.setattr(type(loaded), "decode", lambda *a: pytest.fail("a cancelled video was decoded"))
+    monkeypatch.setattr(type(loaded), "frames", lambda *a: pytest.fail("a cancelled video was decoded"))
     for ends in (lambda states: states[-1][0] == "encoding the image", lambda states: states[-1][1:] == (2, 2)):
         assert isinstance(from_failure(run(job, sessions, ends)[0]), CancelledError)
     assert isinstance(from_failure(run(job, sessions, lambda states: True)[0]), CancelledError)

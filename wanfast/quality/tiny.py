@@ -201,6 +201,7 @@ class Judge:
         ]
         return video, ratios
 
+    @torch.inference_mode()
     def by_plan(
         self,
         pipeline: VideoPipeline,
@@ -220,9 +221,9 @@ class Judge:
             "negative_prompt": self.embed(self.files.spec.negative_prompt),
         }
         images = torch.stack([image] if last is None else [image, last])
-        video = pipeline(plan, images, text, Stopwatch(self.settings.device), residuals=residuals)
-        assert video is not None
-        return video
+        watch, cache = Stopwatch(self.settings.device), residuals or plan.residuals()
+        latent = pipeline.latent(plan, images, text, watch, lambda done, expert: None, cache)
+        return pipeline.vae.decode(latent)[0].cpu()
 
     def embed(self, text: str) -> Tensor:
         ids = torch.tensor([self.tokenizer.encode(text).ids], device=self.settings.device)

@@ -20,7 +20,6 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from wanfast.runtime.device.finite import all_finite
 from wanfast.runtime.device.hardware import empty_cache, free_bytes, free_memory, is_out_of_memory
 from wanfast.runtime.device.meta import on_meta
 from wanfast.runtime.device.timing import Stopwatch
@@ -29,7 +28,7 @@ from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.attention_probe import Choice
 from wanfast.runtime.engine.conditioning import Noise, draw_noise, given_clip, noise_shape, with_mask
 from wanfast.runtime.engine.denoise import StepFn, denoise
-from wanfast.runtime.engine.finite import FiniteWatch, require_finite
+from wanfast.runtime.engine.finite import FiniteWatch
 from wanfast.runtime.engine.lossy_attention import LossyAttention
 from wanfast.runtime.engine.pixels import Frames, FramesFn
 from wanfast.runtime.errors import ConfigError
@@ -66,25 +65,6 @@ class VideoPipeline:
         return self.ranks.device
 
     @torch.inference_mode()
-    def __call__(
-        self,
-        plan: Plan,
-        images: Tensor,
-        text: dict[Branch, Tensor],
-        watch: Stopwatch,
-        on_step: StepFn = lambda i, e: None,
-        residuals: StepCache | None = None,
-    ) -> Tensor | None:
-        """Returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, None on other ranks.
-
-        `images` [n, 3, H, W]: the first frame, then the last frame if it is given; n is 0 for a model that makes videos
-        from text alone. `text`: the embedding [S, d] for each branch. `residuals`: the cache that decides which
-        forwards are skipped; if it is None, the plan decides.
-        """
-        latent = self.latent(plan, images, text, watch, on_step, residuals or plan.residuals())
-        return self.decode(latent, plan.geometry, watch)
-
-    @torch.inference_mode()
     def latent(
         self,
         plan: Plan,
@@ -106,22 +86,6 @@ class VideoPipeline:
             latent = self.denoise(plan, noise, condition, text, residuals, on_step)
         self.experts.leave()
         return latent
-
-    @torch.inference_mode()
-    def decode(self, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> Tensor | None:
-        """Decodes a latent; returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, and None on other ranks."""
-        rows = self.ranks.rows(geometry.latent_height)
-
-        def decoded() -> Tensor | None:
-            with watch.span("decode"):
-                pieces = [rows.collect(piece, 2) for piece in self._pieces(latent, geometry)]
-                if not self.ranks.is_leader:
-                    return None
-                video = torch.cat([piece.cpu() for piece in pieces if piece is not None], dim=1)
-            require_finite("the decoded video", bool(all_finite(video)))
-            return video
-
-        return self.ranks.together(decoded)
 
     @torch.inference_mode()
     def frames(
