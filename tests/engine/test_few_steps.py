@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,11 @@ from torch import Tensor
 from tests.engine.test_rank_groups import final_latents, latents_of, shown, with_options
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error
-from tests.small_model import plan_small_model
+from tests.small_model import blank_inputs, plan_small_model
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import loading, pipeline
-from wanfast.runtime.engine.conditioning import Noise, draw_noise
+from wanfast.runtime.engine.conditioning import draw_noises
 from wanfast.runtime.engine.denoise import denoise
 from wanfast.runtime.facts.choices import Branch, Expert
 from wanfast.runtime.facts.mesh import Mesh
@@ -134,7 +134,7 @@ def test_the_loop_starts_at_the_first_level(
     begun: list[Tensor] = []
     monkeypatch.setattr(pipeline, "denoise", lambda noise, *a, **k: begun.append(noise) or noise)
     final_latents(plan, files, Ranks("cpu"))
-    assert torch.equal(begun[0], draw_noise(7, plan.geometry, 16, "cpu") * start)
+    assert torch.equal(begun[0], next(draw_noises(7, plan.geometry, 16, "cpu")) * start)
 
 
 @torch.inference_mode()
@@ -151,21 +151,22 @@ def test_fresh_noise_is_the_leaders_on_every_rank(small_model: Path, workdir: Pa
     assert torch.equal(got[0], got[1])
 
 
-@torch.inference_mode()
-def test_further_noises_are_not_the_first_one_again(gated: tuple[Plan, ModelFiles]) -> None:
+def test_further_noises_are_not_the_first_one_again(
+    gated: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, files = gated
     made = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
-    further, again = made._fresh_noises(plan), Noise(7, plan.geometry, 16, "cpu")
-    noises = [made.noise(plan), next(further), next(further)]
-    assert all(torch.equal(noise, again.draw()) for noise in noises)
+    drawn: list[Tensor] = []
 
+    def denoised(noise: Tensor, *arguments: object, fresh_noise: Callable[[], Tensor], **options: object) -> Tensor:
+        drawn.extend((noise, fresh_noise(), fresh_noise()))
+        return noise
 
-def test_a_seed_draws_the_same_noises_again(gated: tuple[Plan, ModelFiles]) -> None:
-    geometry = gated[0].geometry
-    first, second = Noise(7, geometry, 16, "cpu"), Noise(7, geometry, 16, "cpu")
-    noises = [first.draw(), first.draw()]
-    assert torch.equal(noises[0], draw_noise(7, geometry, 16, "cpu")) and not torch.equal(*noises)
-    assert torch.equal(noises[0], second.draw()) and torch.equal(noises[1], second.draw())
+    monkeypatch.setattr(pipeline, "denoise", denoised)
+    made.latent(plan, *blank_inputs(plan, files), Stopwatch("cpu"), lambda *_: None, plan.residuals())
+    again = draw_noises(7, plan.geometry, 16, "cpu")
+    assert plan.levels.start == 1 and all(torch.equal(noise, next(again)) for noise in drawn)
+    assert len({float(noise.sum()) for noise in drawn}) == 3
 
 
 @torch.inference_mode()

@@ -165,10 +165,12 @@ def test_a_stored_embedding_that_is_not_finite_is_made_again(wanfast: Wanfast, w
 def test_unlike_ranks_get_the_leaders_noise(small_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unlike GPUs draw unlike noise from one seed, as these ranks do."""
     plan, files = plan_small_model(small_model)
-    draw = pipeline_module.draw_noise
+    draw = pipeline_module.draw_noises
 
     def work(ranks: Ranks) -> Tensor:
-        monkeypatch.setattr(pipeline_module, "draw_noise", lambda *given: draw(*given) + ranks.rank)
+        monkeypatch.setattr(
+            pipeline_module, "draw_noises", lambda *given: (noise + ranks.rank for noise in draw(*given))
+        )
         image, text = blank_inputs(plan, files)
         own = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
         seen: list[Tensor] = []
@@ -176,7 +178,7 @@ def test_unlike_ranks_get_the_leaders_noise(small_model: Path, workdir: Path, mo
         frames_of(own, plan, image, text)
         return seen[0].clone()
 
-    expected = draw(plan.config.video.seed, plan.geometry, 16, "cpu")
+    expected = next(draw(plan.config.video.seed, plan.geometry, 16, "cpu"))
     for noise in on_ranks(Mesh(cfg=2), work):
         assert torch.equal(noise, expected)
 

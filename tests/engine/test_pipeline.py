@@ -25,7 +25,7 @@ from tests.small_model import frames_of
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import loading
-from wanfast.runtime.engine.conditioning import draw_noise
+from wanfast.runtime.engine.conditioning import draw_noises
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.planning.plan import Plan
@@ -128,7 +128,7 @@ def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     embeds = prompt_embeds(texts, files, config, ranks, Stopwatch("cpu")).embeds
     pipeline = loading.load_models(files, config, ranks, Stopwatch("cpu"))
     condition = pipeline.encode_condition(given_images(plan), plan.geometry)
-    noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
+    noise = next(pipeline.noises(plan))
     text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
     return pipeline.denoise(plan, noise, condition, text, plan.residuals(), lambda index, expert: None)
 
@@ -154,7 +154,7 @@ def their_latents(public: WanImageToVideoPipeline | WanPipeline, plan: Plan) -> 
         num_inference_steps=config.video.steps,
         guidance_scale=config.video.guidance_high_noise,
         guidance_scale_2=config.video.guidance_low_noise,
-        latents=draw_noise(config.video.seed, g, 16, "cpu"),
+        latents=next(draw_noises(config.video.seed, g, 16, "cpu")),
         output_type="latent",
     ).frames
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.distributed.vae_parallel import SplitRows
 from wanfast.runtime.engine import compilation, loading, pixels, prompt_embeds
 from wanfast.runtime.engine import pipeline as pipeline_module
-from wanfast.runtime.engine.conditioning import draw_noise
 from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
@@ -64,12 +64,13 @@ def latents_of(plans: Sequence[Plan], files: ModelFiles, ranks: Ranks) -> list[t
     held = pipeline.experts.take("high_noise")[0].parameters()
     assert {isinstance(parameter, DTensor) for parameter in held} == {config.ranks.dit_fsdp == "on"}
     condition = pipeline.encode_condition(given_images(plan), plan.geometry)
-    noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
-    return [
-        pipeline.denoise(plan, noise, condition, text, plan.residuals(), lambda index, expert: None).clone()
-        for plan in plans
-    ]
+
+    def latents(other: Plan) -> torch.Tensor:
+        draw = partial(next, pipeline.noises(plan))
+        return pipeline.denoise(other, draw(), condition, text, other.residuals(), lambda index, expert: None, draw)
+
+    return [latents(other).clone() for other in plans]
 
 
 def given_images(plan: Plan) -> torch.Tensor:

@@ -375,8 +375,8 @@ def test_text_is_encoded_once_a_prompt_and_expert(wanfast: Wanfast, monkeypatch:
 
 def test_noise_is_drawn_where_asked(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     devices = []
-    draw = pipeline.draw_noise
-    monkeypatch.setattr(pipeline, "draw_noise", lambda *a: devices.append(a[3]) or draw(*a[:3], "cpu"))
+    draw = pipeline.draw_noises
+    monkeypatch.setattr(pipeline, "draw_noises", lambda *a: devices.append(a[3]) or draw(*a[:3], "cpu"))
     monkeypatch.setattr(session.hardware, "prepare", lambda *a: None)
     monkeypatch.setattr(completed, "default_device", lambda: "cuda")
     assert wanfast(*GOOD).exit_code == 0

@@ -6,6 +6,8 @@ Source: Wan-Video/Wan2.2, wan/image2video.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -37,23 +39,14 @@ def with_mask(latents: Tensor, num_mask_channels: int, *, last: bool = False) ->
     return torch.cat((mask, latents), dim=1)
 
 
-class Noise:
-    """Draws standard normal noise [1, C, T, h, w] in float32 for one video.
+def draw_noises(seed: int, geometry: Geometry, channels: int, device: str) -> Iterator[Tensor]:
+    """Yields the noises of a video without end: standard normal, [1, C, T, h, w] in float32.
 
-    Each draw gives new noise. With `device` "cpu", a seed gives the same noise on every machine.
+    Denoising starts from the first noise. With `device` "cpu", a seed gives the same noises on every machine.
     """
-
-    def __init__(self, seed: int, geometry: Geometry, channels: int, device: str) -> None:
-        self._generator = torch.Generator(device).manual_seed(seed)
-        _, *self._shape = noise_shape(geometry, channels)
-
-    def draw(self) -> Tensor:
-        return torch.randn(self._shape, generator=self._generator, device=self._generator.device).unsqueeze(0)
-
-
-def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Tensor:
-    """Returns the first noise [1, C, T, h, w] of a video, in float32 on `device`: denoising starts from this noise."""
-    return Noise(seed, geometry, channels, device).draw()
+    generator = torch.Generator(device).manual_seed(seed)
+    while True:
+        yield torch.randn(noise_shape(geometry, channels), generator=generator, device=generator.device)
 
 
 def noise_shape(geometry: Geometry, channels: int) -> tuple[int, int, int, int, int]:

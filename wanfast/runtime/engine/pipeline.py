@@ -26,7 +26,7 @@ from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.attention_probe import Choice
-from wanfast.runtime.engine.conditioning import Noise, draw_noise, given_clip, noise_shape, with_mask
+from wanfast.runtime.engine.conditioning import draw_noises, given_clip, noise_shape, with_mask
 from wanfast.runtime.engine.denoise import StepFn, denoise
 from wanfast.runtime.engine.finite import FiniteWatch
 from wanfast.runtime.engine.lossy_attention import LossyAttention
@@ -79,11 +79,12 @@ class VideoPipeline:
         `encode_condition` explains `images`; `denoise` explains `text`, `on_step` and `residuals`. `watch` measures the
         seconds. With --expert-offload, no expert is left in the GPU's memory at the end.
         """
-        noise = self.noise(plan)
+        noises = self.noises(plan)
+        noise = next(noises)
         with watch.span("encode"):
             condition = self.encode_condition(images, plan.geometry)
         with watch.span("denoise"):
-            latent = self.denoise(plan, noise, condition, text, residuals, on_step)
+            latent = self.denoise(plan, noise, condition, text, residuals, on_step, partial(next, noises))
         self.experts.leave()
         return latent
 
@@ -169,27 +170,17 @@ class VideoPipeline:
             raise error
         return str(error) or "MemoryError"
 
-    def noise(self, plan: Plan) -> Tensor:
-        """Returns the leader's noise [1, 16, T, h, w] on every rank.
+    def noises(self, plan: Plan) -> Iterator[Tensor]:
+        """Yields the leader's noises of a video, each [1, 16, T, h, w], on every rank, without end.
 
+        Denoising starts from the first noise; a solver that adds noise in each step takes the others.
         The ranks do not draw their own noise, because different GPUs may draw different noise from one seed.
         """
-        video, channels = plan.config.video, self.spec.dit.out_channels
-        return self._from_leader(plan, lambda: draw_noise(video.seed, plan.geometry, channels, video.noise_device))
-
-    def _fresh_noises(self, plan: Plan) -> Iterator[Tensor]:
-        """Yields the leader's further noises on every rank, for a solver that adds noise in each step."""
-        video, channels = plan.config.video, self.spec.dit.out_channels
-        source = Noise(video.seed, plan.geometry, channels, video.noise_device)
-        if self.ranks.is_leader:
-            source.draw()  # the first one is `noise`
+        video, g, channels = plan.config.video, plan.geometry, self.spec.dit.out_channels
+        drawn, shape = draw_noises(video.seed, g, channels, video.noise_device), noise_shape(g, channels)
         while True:
-            yield self._from_leader(plan, source.draw)
-
-    def _from_leader(self, plan: Plan, draw: Callable[[], Tensor]) -> Tensor:
-        if self.ranks.is_leader:
-            return self.ranks.share(draw().to(self.device))
-        return self.ranks.share(torch.empty(noise_shape(plan.geometry, self.spec.dit.out_channels), device=self.device))
+            own = next(drawn).to(self.device) if self.ranks.is_leader else torch.empty(shape, device=self.device)
+            yield self.ranks.share(own)
 
     def encode_condition(self, images: Tensor, geometry: Geometry) -> Tensor:
         """Returns the condition y [1, 20, T, h, w] on every rank: four mask channels, then 16 channels of latents.
@@ -228,12 +219,14 @@ class VideoPipeline:
         text: dict[Branch, Tensor],
         residuals: StepCache,
         on_step: StepFn,
+        fresh_noise: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Denoises `noise` [1, 16, T, h, w], and returns the clean latent, which has the same shape.
 
         `condition`: the result of `encode_condition`. `text`: the embedding [S, d] for each branch. `residuals`: the
         cache that decides which forwards are skipped. `on_step(done, expert)` is called before and after each step;
-        `done` is the number of finished steps, and `expert` is the expert of the step.
+        `done` is the number of finished steps, and `expert` is the expert of the step. `fresh_noise` draws noise
+        for the steps of a solver that adds noise.
         """
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
         groupings = {True: self.ranks, False: self.ranks.unguided if plan.regroups else self.ranks}
@@ -296,7 +289,7 @@ class VideoPipeline:
                 plan.experts,
                 velocities,
                 guidance=Guidance(plan.experts, plan.guidance, plan.guided),
-                fresh_noise=partial(next, self._fresh_noises(plan)),
+                fresh_noise=fresh_noise,
                 on_step=on_step,
                 on_sample=on_sample,
             )
