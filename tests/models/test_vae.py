@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from wanfast.runtime.facts.model_spec import VAESpec
-from wanfast.runtime.models.vae import Past, WanVAE
+from wanfast.runtime.models.vae import WHOLE_FRAME, WanVAE, _start
 from wanfast.runtime.weights.key_maps import rename
 
 SPEC = VAESpec(base_dim=8)
@@ -105,37 +105,21 @@ def test_video_is_clamped(vae: WanVAE) -> None:
         bias -= 5
 
 
-def test_decoding_chunk_by_chunk_equals_whole(vae: WanVAE) -> None:
+def test_decoding_piece_by_piece_equals_whole(vae: WanVAE) -> None:
     latents = latents_of(13, 16, 24)
-    whole = vae.decode(latents)
-    past: Past | None = None
-    start = 0
-    for z, piece in zip(torch.split(latents, 1, dim=2), vae.decode_stream(latents), strict=True):
-        chunk, past = vae.decode_chunk(z, past)
-        assert chunk.shape[2] == (1 if start == 0 else 4)
-        assert torch.equal(chunk, piece)
-        assert torch.equal(chunk, whole[:, :, start : start + chunk.shape[2]])
-        start += chunk.shape[2]
-    assert start == 13
-
-
-def test_encoding_chunk_by_chunk_equals_whole(vae: WanVAE) -> None:
-    video = video_of(13, 16, 24)
-    whole = vae.encode(video)
-    past: Past | None = None
-    for index, frames in enumerate(torch.split(video, [1, 4, 4, 4], dim=2)):
-        chunk, past = vae.encode_chunk(frames, past)
-        assert torch.equal(chunk, whole[:, :, index : index + 1])
+    pieces = list(vae.decode_stream(latents))
+    assert [piece.shape[2] for piece in pieces] == [1, 4, 4, 4]
+    assert torch.equal(torch.cat(pieces, dim=2), vae.decode(latents))
 
 
 def test_longer_chunks_give_the_same(vae: WanVAE) -> None:
     video, latents = video_of(13, 16, 16), latents_of(13, 16, 16)
-    z0, past = vae.encode_chunk(video[:, :, :1], None)
-    z1, _ = vae.encode_chunk(video[:, :, 1:], past)
-    assert relative_error(torch.cat((z0, z1), dim=2), vae.encode(video)) <= TOLERANCE
-    x0, past = vae.decode_chunk(latents[:, :, :1], None)
-    x1, _ = vae.decode_chunk(latents[:, :, 1:], past)
-    assert relative_error(torch.cat((x0, x1), dim=2), vae.decode(latents)) <= TOLERANCE
+    past = _start(vae.encoder)
+    encoded = [vae._encode(x, past, WHOLE_FRAME) for x in torch.split(video, [1, 12], dim=2)]
+    assert relative_error(torch.cat(encoded, dim=2), vae.encode(video)) <= TOLERANCE
+    past = _start(vae.decoder)
+    decoded = [vae._decode(z, past, WHOLE_FRAME) for z in torch.split(latents, [1, 3], dim=2)]
+    assert relative_error(torch.cat(decoded, dim=2), vae.decode(latents)) <= TOLERANCE
 
 
 def test_calls_leave_nothing_behind(vae: WanVAE) -> None:
@@ -144,10 +128,6 @@ def test_calls_leave_nothing_behind(vae: WanVAE) -> None:
     assert torch.equal(vae.encode(video), vae.encode(video))
     assert torch.equal(vae.decode(latents), vae.decode(latents))
     assert torch.equal(latents, kept)
-    _, past = vae.decode_chunk(latents[:, :, :1], None)
-    first, _ = vae.decode_chunk(latents[:, :, 1:2], past)
-    again, _ = vae.decode_chunk(latents[:, :, 1:2], past)
-    assert torch.equal(first, again)
 
 
 def test_two_clips_interleaved_do_not_mix(vae: WanVAE) -> None:
@@ -181,14 +161,14 @@ def test_strides_dtypes_and_size_of_the_past(vae: WanVAE) -> None:
     assert vae.encode(video.double()).dtype == torch.float32
     assert vae.encode(video).shape == latents.shape == (1, 16, 2, 3, 2)
     assert vae.decode(latents).shape == video.shape
-    _, encoder_past = vae.encode_chunk(video[:, :, :1], None)
-    _, decoder_past = vae.decode_chunk(latents[:, :, :1], None)
-    assert (len(encoder_past), len(decoder_past)) == (24, 32)
+    assert (len(_start(vae.encoder)), len(_start(vae.decoder))) == (24, 32)
 
 
 def test_the_past_is_two_frames_and_holds_no_more_memory(vae: WanVAE) -> None:
-    _, past = vae.decode_chunk(latents_of(1, 16, 16), None)
-    _, past = vae.decode_chunk(latents_of(1, 16, 16), past)
+    past = _start(vae.decoder)
+    for _ in range(2):
+        vae._decode(latents_of(1, 16, 16), past, WHOLE_FRAME)
+    assert len(past) == 32
     for entry in past:
         assert entry is not None
         assert entry.shape[2] == 2
@@ -224,16 +204,6 @@ def test_full_size_parameters() -> None:
 def test_a_clip_off_the_grid_is_refused(vae: WanVAE, shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="frames must be 4n"):
         vae.encode(video_of(*shape))
-
-
-def test_a_chunk_off_the_grid_is_refused(vae: WanVAE) -> None:
-    _, past = vae.encode_chunk(video_of(1, 16, 16), None)
-    with pytest.raises(ValueError, match="first chunk must have 1 frame"):
-        vae.encode_chunk(video_of(5, 16, 16), None)
-    with pytest.raises(ValueError, match="multiple of 4"):
-        vae.encode_chunk(video_of(3, 16, 16), past)
-    with pytest.raises(ValueError, match="first chunk"):
-        vae.decode_chunk(latents_of(5, 16, 16), None)
 
 
 @pytest.mark.parametrize("still_from", [1, 2, 6])

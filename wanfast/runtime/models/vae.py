@@ -2,13 +2,12 @@
 
 Every convolution over time reads only the current frame and earlier ones. So the VAE processes a clip in chunks of a
 few frames. The first chunk is the first frame, which gives one latent frame. Each later latent frame represents four
-frames of video. No module holds state. Instead, the caller holds the *past*: a list with one tensor for each
-convolution over time, in running order. Each tensor holds the earlier frames that its convolution needs. The call for a
-chunk takes the past, and returns the past for the next chunk.
+frames of video. No module holds state. Instead, `encode` and `decode_stream` hold the *past*: a queue with one tensor
+for each convolution over time, in running order. Each tensor holds the earlier frames that its convolution needs. While
+a chunk runs, each convolution takes its tensor from the front of the queue and appends the one for the next chunk.
 
 Cost at 1280x720, 81 frames: encode 382 TFLOP, decode 639 TFLOP. An activation of 4 full-size frames with 96 channels
-takes 1.4 GB in float32, and the decoder's past takes 8.7 GB. `encode` and `decode_stream` free a past as soon as it is
-replaced.
+takes 1.4 GB in float32, and the decoder's past takes 8.7 GB.
 The encoder computes in float32, as the reference does, and the decoder in `decoder_dtype`. FastVideo reports that
 bfloat16 is harmless in decoding (MS-SSIM 0.9999) but not in encoding.
 Source: Wan technical report (arXiv 2503.20314); Wan-Video/Wan2.2 `wan/modules/vae2_1.py` (42bf4cf).
@@ -35,9 +34,7 @@ from wanfast.runtime.facts.model_spec import VAESpec
 from wanfast.runtime.models import vae_fused
 from wanfast.runtime.models.convolution import Triple, convolve, padded_channels
 
-Past: TypeAlias = list[Tensor | None]  # one entry for each convolution over time, in running order
-# The past while a chunk runs: each convolution takes its entry from the front and appends the next one.
-PastQueue: TypeAlias = deque[Tensor | None]
+PastQueue: TypeAlias = deque[Tensor | None]  # None: no frame came before
 Pair: TypeAlias = tuple[int, int]
 
 
@@ -180,35 +177,6 @@ class WanVAE(nn.Module):
         queue = _start(self.decoder)
         for z in torch.split(latents, 1, dim=2):
             yield self._decode(z, queue, rows)
-
-    def encode_chunk(self, video: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Encodes the next frames [B,3,f,H,W] of a clip and returns (latents [B,16,t,Y,X], `past` for the next call).
-
-        `past` holds the earlier frames that the convolutions over time need; it is None in the first call.
-        The first call has f = 1 and returns t = 1. Later calls have f = 4n and return t = n. Raises
-        ValueError for another number of frames.
-        """
-        frames, stride = video.shape[2], self.spec.temporal_stride
-        fits = frames == 1 if past is None else frames % stride == 0
-        if not fits:
-            raise ValueError(
-                f"a chunk of {frames} frames: the first chunk must have 1 frame, and the number of frames in every "
-                f"later chunk must be a multiple of {stride}"
-            )
-        queue = _start(self.encoder) if past is None else deque(past)
-        return self._encode(video, queue, WHOLE_FRAME), list(queue)
-
-    def decode_chunk(self, latents: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Decodes the next latents [B,16,t,Y,X] of a clip and returns (video [B,3,f,H,W], `past` for the next call).
-
-        `past` holds the earlier frames that the convolutions over time need; it is None in the first call.
-        The first call has t = 1 and returns f = 1. Later calls have t = n and return f = 4n. Raises
-        ValueError if the first call has t > 1.
-        """
-        if past is None and latents.shape[2] != 1:
-            raise ValueError(f"the first chunk has {latents.shape[2]} latent frames: it must have 1")
-        queue = _start(self.decoder) if past is None else deque(past)
-        return self._decode(latents, queue, WHOLE_FRAME), list(queue)
 
     def _encode(self, video: Tensor, queue: PastQueue, rows: Rows, repeats: _Repeats | None = None) -> Tensor:
         moments: Tensor = self.quant_conv(self.encoder(video.float(), queue, rows, repeats or _Repeats([])))
