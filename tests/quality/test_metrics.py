@@ -18,7 +18,7 @@ from wanfast.quality.motions import MOTIONS
 from wanfast.quality.tracking import classify, track
 from wanfast.quality.world import COLOURS, Renderer, draw_scene, is_held_out, moments_of_clip
 from wanfast.runtime.engine.pixels import to_uint8
-from wanfast.runtime.sampling.scheduler import schedule
+from wanfast.runtime.sampling.scheduler import grid
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import TINY
 
@@ -187,7 +187,7 @@ def test_the_shipped_model_does_what_the_prompt_says(verdicts: list[dict[str, ob
 def test_residual_ratios_are_those_of_one_branch(verdicts: list[dict[str, object]]) -> None:
     ratios = np.array(verdicts[0]["ratios"])
     assert ratios.shape == (40, 2)
-    assert ratios[:, 0].tolist() == [step.timestep for step in schedule("unipc", 40, 5.0)]
+    assert ratios[:, 0].tolist() == list(grid("unipc", 40, 5.0).timesteps)
     assert ratios[0, 1] == 1
     assert 0.7 < ratios[-1, 1] < ratios[20, 1] < 1.1
 

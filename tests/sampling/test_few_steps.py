@@ -14,7 +14,7 @@ import pytest
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.config.video import parse_sigmas
 from wanfast.runtime.facts.choices import RecipeName, Solver
-from wanfast.runtime.sampling.scheduler import Integrator, Step, grid, listed, schedule, solve
+from wanfast.runtime.sampling.scheduler import Integrator, Step, grid, listed, solve
 
 Array = npt.NDArray[np.float64]
 BOUNDARY = 0.9
@@ -145,7 +145,8 @@ def test_hybrid_is_unipc_up_to_the_first_distilled_level_and_then_euler() -> Non
 
 
 def test_hybrid_begins_with_the_steps_of_the_base_model() -> None:
-    base, hybrid = schedule("unipc", 40, 5.0), solve("unipc-euler", listed("unipc-euler", levels_of("hybrid")), 15)
+    base = solve("unipc", grid("unipc", 40, 5.0), 40)
+    hybrid = solve("unipc-euler", listed("unipc-euler", levels_of("hybrid")), 15)
     assert hybrid[:14] == base[:14]
     last, of_base = hybrid[14], base[14]
     assert (last.sigma, last.timestep, last.correction) == (of_base.sigma, of_base.timestep, of_base.correction)
@@ -165,7 +166,7 @@ def test_grids_are_what_they_were_before_lists(solver: Solver, digest: str) -> N
         return (step.sigma, step.timestep, *(f"{weight:.12e}" for weight in weights))
 
     rows = [
-        [row(step) for step in schedule(solver, steps, shift)]
+        [row(step) for step in solve(solver, grid(solver, steps, shift), steps)]
         for steps in (1, 2, 3, 4, 20, 40, 50)
         for shift in (1.0, 3.0, 5.0, 12.0)
     ]

@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 from tests.parity import relative_error
 from wanfast.runtime.facts.choices import Solver
-from wanfast.runtime.sampling.scheduler import Integrator, is_high_noise, schedule
+from wanfast.runtime.sampling.scheduler import Integrator, Levels, grid, solve
 
 SHIFT = 5.0
 
@@ -41,7 +41,7 @@ def diffusers_scheduler(solver: Solver, num_steps: int) -> Any:
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
 def test_every_step_equals_diffusers(solver: Solver, num_steps: int) -> None:
     reference = diffusers_scheduler(solver, num_steps)
-    steps = schedule(solver, num_steps, SHIFT)
+    steps = solve(solver, grid(solver, num_steps, SHIFT), num_steps)
     integrator = Integrator(steps)
     generator = torch.Generator().manual_seed(num_steps)
     expected = got = torch.randn(1, 16, 3, 4, 6, generator=generator)
@@ -63,30 +63,28 @@ def test_every_step_equals_diffusers(solver: Solver, num_steps: int) -> None:
     [(40, 5.0, (15, 25)), (40, 3.0, (10, 30)), (50, 5.0, (18, 32)), (20, 5.0, (8, 12)), (4, 5.0, (2, 2))],
 )
 def test_steps_of_each_expert(num_steps: int, shift: float, high_and_low: tuple[int, int]) -> None:
-    steps = schedule("unipc", num_steps, shift)
-    high = sum(is_high_noise(step.timestep, 0.9) for step in steps)
-    assert (high, num_steps - high) == high_and_low
+    experts = grid("unipc", num_steps, shift).experts(0.9)
+    assert (experts.count("high_noise"), experts.count("low_noise")) == high_and_low
 
 
 def test_the_boundary_itself_is_high_noise() -> None:
-    assert is_high_noise(900, 0.9)
-    assert not is_high_noise(899, 0.9)
+    assert Levels((0.9, 0.899, 0.0), (900, 899)).experts(0.9) == ["high_noise", "low_noise"]
 
 
 def test_timesteps_of_the_reference() -> None:
-    unipc = [step.timestep for step in schedule("unipc", 40, 5.0)]
-    assert unipc[:16] == [999, 994, 989, 983, 978, 972, 965, 959, 952, 944, 937, 929, 920, 911, 902, 892]
-    assert unipc[-4:] == [356, 288, 208, 113]
-    assert [step.timestep for step in schedule("unipc", 4, 5.0)] == [999, 937, 833, 624]
-    dpm = [step.timestep for step in schedule("dpm++", 40, 5.0)]
-    assert dpm[:16] == [1000, 994, 989, 984, 978, 972, 965, 959, 952, 945, 937, 929, 921, 912, 902, 892]
-    assert [step.timestep for step in schedule("euler", 40, 5.0)] == unipc
+    unipc = grid("unipc", 40, 5.0).timesteps
+    assert unipc[:16] == (999, 994, 989, 983, 978, 972, 965, 959, 952, 944, 937, 929, 920, 911, 902, 892)
+    assert unipc[-4:] == (356, 288, 208, 113)
+    assert grid("unipc", 4, 5.0).timesteps == (999, 937, 833, 624)
+    dpm = grid("dpm++", 40, 5.0).timesteps
+    assert dpm[:16] == (1000, 994, 989, 984, 978, 972, 965, 959, 952, 945, 937, 929, 921, 912, 902, 892)
+    assert grid("euler", 40, 5.0).timesteps == unipc
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
 def test_a_straight_flow_is_followed_exactly(solver: Solver) -> None:
     """With a constant velocity every solver must reach the clean sample: x0 = x - sigma v."""
-    steps = schedule(solver, 7, SHIFT)
+    steps = solve(solver, grid(solver, 7, SHIFT), 7)
     integrator = Integrator(steps)
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)

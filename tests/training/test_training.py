@@ -35,7 +35,7 @@ from wanfast.runtime.facts.choices import EXPERTS, Branch, Expert
 from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.sampling.guidance import Guidance, guided_steps
-from wanfast.runtime.sampling.scheduler import grid, schedule
+from wanfast.runtime.sampling.scheduler import grid, solve
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.loras import Lora
 from wanfast.runtime.weights.builders import build_expert, build_umt5, build_vae
@@ -463,7 +463,7 @@ def test_the_teacher_ends_where_the_pipeline_ends() -> None:
 
     with torch.no_grad():
         noise = found.samples[3:4, 0].float()
-        steps = schedule("unipc", 40, SMALL.shift)
+        steps = solve("unipc", levels, 40)
         keep = lambda index, expert, sample: samples.append(sample)  # noqa: E731
         end = denoise(noise, steps, chosen, predict, guidance=guidance, on_sample=keep)
     assert torch.allclose(found.samples[3:4, 4].float(), end, atol=0.02)  # float16 values, from a float16 noise

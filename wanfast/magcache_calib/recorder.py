@@ -31,8 +31,7 @@ class Recorder:
 
     def __init__(self, ranks: Ranks, num_tokens: int) -> None:
         self._ranks = ranks
-        ours = ranks.sequence.shard(torch.ones(1, num_tokens, dtype=torch.bool), 1)[0]
-        self._num_own = int(ours.sum())  # a rank's padding is not measured
+        _, self._num_own = ranks.sequence.own(num_tokens)  # a rank's padding is not measured
         self._branches = ranks.guidance.own(BRANCHES)  # steps without guidance run the prompt branch on every rank
         self._before: dict[Branch, Tensor] = {}
         self._sums: dict[tuple[int, Branch], Tensor] = {}

@@ -47,8 +47,7 @@ def sampled_errors(
     queries, out = stack(own).sum(0)
     parts = stack(_attended(queries, k_LHD, v_LHD))
     exact = (parts[..., :-1] * parts[..., -1:].softmax(0)).sum(0)
-    norms = torch.stack((out.float() - exact, exact)).flatten(2).square().sum(2).sqrt()
-    return norms[0] / norms[1].clamp_min(_TINIEST)
+    return _relative_errors(out, exact)
 
 
 def errors_by_length(
@@ -83,8 +82,12 @@ def fp8_errors(q_LHD: Tensor, k_LHD: Tensor, v_LHD: Tensor, rows_HS: Tensor) -> 
     queries = q_LHD[rows_HS, torch.arange(len(rows_HS), device=rows_HS.device)[:, None]]
     exact = _attended(queries, k_LHD, v_LHD)[..., :-1]
     out = attention_in_fp8(rearrange(queries, "H S D -> 1 S H D").contiguous(), k_LHD[None], v_LHD[None])
-    difference = rearrange(out, "1 S H D -> H S D").float() - exact
-    norms = torch.stack((difference, exact)).flatten(2).square().sum(2).sqrt()
+    return _relative_errors(rearrange(out, "1 S H D -> H S D"), exact)
+
+
+def _relative_errors(out_HSD: Tensor, exact_HSD: Tensor) -> Tensor:
+    """Returns |out - exact| / |exact| of each head [H], float32."""
+    norms = torch.stack((out_HSD.float() - exact_HSD, exact_HSD)).flatten(2).square().sum(2).sqrt()
     return norms[0] / norms[1].clamp_min(_TINIEST)
 
 

@@ -82,7 +82,8 @@ class Levels:
         If not, the high-noise expert runs the steps whose timestep is at least 1000 * `boundary` (0 to 1).
         """
         if switch_step is None:
-            return [expert_of(timestep, boundary) for timestep in self.timesteps]
+            edge = boundary * NUM_TRAIN_TIMESTEPS
+            return ["high_noise" if timestep >= edge else "low_noise" for timestep in self.timesteps]
         return ["high_noise" if index < switch_step else "low_noise" for index in range(len(self.timesteps))]
 
 
@@ -113,11 +114,6 @@ def _levels(sigmas: np.ndarray, *, is_scaled: bool) -> Levels:
     timesteps = tuple(int(t) for t in sigmas * NUM_TRAIN_TIMESTEPS)
     rounded = tuple(float(s) for s in sigmas.astype(np.float32))
     return Levels((*rounded, 0.0), timesteps, rounded[0] if is_scaled else 1.0)
-
-
-def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
-    """Returns all `num_steps` steps of `solver`, at the noise levels that `grid` returns for the same arguments."""
-    return solve(solver, grid(solver, num_steps, shift), num_steps)
 
 
 def solve(solver: Solver, levels: Levels, num_high: int) -> tuple[Step, ...]:
@@ -216,12 +212,3 @@ def _correction(sigmas: Sequence[float], i: int) -> Correction:
         clean_prev2=(1 - ratio) * rho1 / r,
         clean=(1 - ratio) * rho2,
     )
-
-
-def expert_of(timestep: int, boundary: float) -> Expert:
-    return "high_noise" if is_high_noise(timestep, boundary) else "low_noise"
-
-
-def is_high_noise(timestep: int, boundary: float) -> bool:
-    """Returns whether the high-noise expert runs at `timestep`: whether `timestep` >= 1000 * `boundary` (0 to 1)."""
-    return timestep >= boundary * NUM_TRAIN_TIMESTEPS
