@@ -128,6 +128,7 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
     use_few_threads(config.ranks.device, spec.dim)
     kernel = attention_probe.choose(config.models.attention, config.ranks.device, torch.bfloat16, spec.head_dim).kernel
     config = config.replace(attention=kernel)
+    measured = replace(plan, config=config, spec=replace(plan.spec, dit=spec))
     ranks, g = Ranks(config.ranks.device), plan.geometry
 
     def settle() -> float:
@@ -146,7 +147,7 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
         store = ArtifactStore(Path(os.environ["WANFAST_ARTIFACTS"]))
         key = None
         if not options.eager:
-            key = load_caches(store, cache_inputs(config, spec, g.tokens, kernel), ranks, is_named=True)
+            key = load_caches(store, cache_inputs(measured, kernel), ranks, is_named=True)
             compile_blocks(model, config.models.compile_mode)
         ends = [began]
         for _ in range(3):

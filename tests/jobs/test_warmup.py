@@ -38,6 +38,7 @@ from wanfast.runtime.jobs import warmup as rank_half
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning import devices
 from wanfast.runtime.planning.next_step import warmup_command
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store import attention_plans, code, model_files
 from wanfast.runtime.store.artifacts import Artifact, ArtifactStore, key_of
 
@@ -151,7 +152,7 @@ def test_lossy_attention_starts_from_what_was_stored(
     assert made.exit_code == 0, made.err
     assert made.document["compile_cache"] == Path(warmed.document["output"]).name
     assert made.document["compiled_anew"] == 0
-    exact = cache_inputs(config(precision="fp32"), model_files.locate("tiny", "").spec.dit, 32, "flash")
+    exact = inputs_of(precision="fp32")
     assert ArtifactStore(workdir / "artifacts").find(compilation.KIND, exact) is None
 
 
@@ -256,10 +257,7 @@ def test_an_artifact_that_is_of_no_use_is_discarded(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its hashes are right, but it lacks this rank's file, or torch cannot read the file."""
-    store, inputs = (
-        ArtifactStore(tmp_path),
-        cache_inputs(config(), model_files.locate("tiny", "").spec.dit, 32, "flash"),
-    )
+    store, inputs = ArtifactStore(tmp_path), inputs_of()
     folder = store.publish(compilation.KIND, inputs, lambda part: (part / name).write_bytes(b"x") and None).folder
     assert compilation.load_caches(store, inputs, Ranks("cpu"), is_named=True) is None
     assert f"note: {folder}: torch cannot use this stored cache" in capsys.readouterr().err and not folder.exists()
@@ -268,10 +266,7 @@ def test_an_artifact_that_is_of_no_use_is_discarded(
 def test_a_useless_artifact_that_cannot_be_discarded_costs_no_video(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store, inputs = (
-        ArtifactStore(tmp_path),
-        cache_inputs(config(), model_files.locate("tiny", "").spec.dit, 32, "flash"),
-    )
+    store, inputs = ArtifactStore(tmp_path), inputs_of()
     folder = store.publish(compilation.KIND, inputs, lambda part: (part / "rank-1.bin").touch()).folder
     folder.with_suffix(".lock").unlink()
     folder.with_suffix(".lock").mkdir()  # which no process can lock
@@ -355,6 +350,13 @@ def config(**changes: Any) -> EffectiveConfig:
     return effective_config(**{"attention": "flash", "compile": True, **changes})
 
 
+def inputs_of(dit: dict[str, int] | None = None, exact: Attention = "flash", **changes: Any) -> dict[str, Any]:
+    """Returns the inputs of a video of the tiny model, with other facts of its experts (`dit`) and other options."""
+    spec = model_files.locate("tiny", "").spec
+    spec = dataclasses.replace(spec, dit=dataclasses.replace(spec.dit, **(dit or {})))
+    return cache_inputs(Plan.of(config(**changes), spec, (64, 64)), exact)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -372,10 +374,9 @@ def config(**changes: Any) -> EffectiveConfig:
     ids=str,
 )
 def test_all_that_kernels_depend_on_is_in_the_key(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = model_files.locate("tiny", "").spec.dit
-    inputs = cache_inputs(config(), spec, 32, "flash")
-    assert cache_inputs(config(**change), spec, 32, "flash") != inputs
-    assert cache_inputs(config(), spec, 33, "flash") != inputs
+    inputs = inputs_of()
+    assert inputs_of(**change) != inputs
+    assert inputs_of(frames=9) != inputs
     for place, part, other in (
         (compilation, "_processor", lambda: "x86_64 VecAVX2"),
         (compilation, "version_of", lambda package: "0.0"),
@@ -385,19 +386,18 @@ def test_all_that_kernels_depend_on_is_in_the_key(change: dict[str, Any], monkey
     ):
         with monkeypatch.context() as patched:
             patched.setattr(place, part, other)
-            assert cache_inputs(config(), spec, 32, "flash") != inputs
-    assert cache_inputs(config(), dataclasses.replace(spec, ffn_dim=8), 32, "flash") != inputs
-    assert cache_inputs(config(seed=2, steps=9, prompt="other"), spec, 32, "flash") == inputs
-    assert cache_inputs(config(), dataclasses.replace(spec, num_layers=8), 32, "flash") == inputs
+            assert inputs_of() != inputs
+    assert inputs_of({"ffn_dim": 8}) != inputs
+    assert inputs_of(seed=2, steps=9, prompt="other") == inputs
+    assert inputs_of({"num_layers": 8}) == inputs
     json.dumps(inputs)
 
 
 def test_what_lossy_graphs_depend_on_is_in_the_key() -> None:
     """Not which calls are lossy, nor how: a graph of sparse attention asks the running video."""
-    spec = model_files.locate("tiny", "").spec.dit
 
     def key(exact: Attention = "flash", **options: Any) -> str:
-        return key_of(cache_inputs(config(**options), spec, 32, exact))
+        return key_of(inputs_of(exact=exact, **options))
 
     sparse = {"attention": "sparse", "density": 0.5}
     others = ({"density": 0.3}, {"dense_share": 0.0}, {"attention_check": True}, {"dense_layers": 3, "lists_every": 2})
@@ -410,12 +410,11 @@ def test_what_lossy_graphs_depend_on_is_in_the_key() -> None:
 
 
 def test_other_sources_are_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = model_files.locate("tiny", "").spec.dit
-    inputs = cache_inputs(config(), spec, 32, "flash")
+    inputs = inputs_of()
     runtime = shutil.copytree(Path(compilation.__file__).parents[1], tmp_path / "runtime")
     monkeypatch.setattr(code, "_PACKAGE", tmp_path)
     monkeypatch.setattr(compilation, "digest_of_code", code.digest_of_code.__wrapped__)  # remembers nothing
-    assert cache_inputs(config(), spec, 32, "flash") == inputs
+    assert inputs_of() == inputs
     known = {inputs["sources"]}
     for file in (
         "models/dit.py",
@@ -425,7 +424,7 @@ def test_other_sources_are_another_key(tmp_path: Path, monkeypatch: pytest.Monke
         "store/quantized.py",
     ):
         (runtime / file).write_text((runtime / file).read_text() + "# another\n")
-        known.add(cache_inputs(config(), spec, 32, "flash")["sources"])
+        known.add(inputs_of()["sources"])
     assert len(known) == 6
 
 

@@ -19,6 +19,7 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.engine import compilation, prompt_embeds
 from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store import code, curves, model_files, quantized
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of
 from wanfast.runtime.store.model_files import ModelFiles
@@ -41,7 +42,7 @@ def curve_key(files: ModelFiles, config: EffectiveConfig) -> str:
 
 
 def compiled_key(files: ModelFiles, config: EffectiveConfig) -> str:
-    return key_of(compilation.cache_inputs(config, files.spec.dit, 32, "flash"))
+    return key_of(compilation.cache_inputs(Plan.of(config, files.spec, (64, 64)), "flash"))
 
 
 def expert_key(files: ModelFiles, config: EffectiveConfig, torchao: str = "0.18.0", device: str = "cpu") -> str:

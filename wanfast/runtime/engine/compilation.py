@@ -37,11 +37,10 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Attention, CompileMode
-from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.fused import make_operators
-from wanfast.runtime.models.hadamard import can_rotate
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.artifacts import Artifact, ArtifactStore, note, noting
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.sharing import who_can_write
@@ -122,23 +121,23 @@ def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
         model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())  # type: ignore[no-untyped-call]
 
 
-def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int, exact: Attention) -> dict[str, Any]:
+def cache_inputs(plan: Plan, exact: Attention) -> dict[str, Any]:
     """Returns everything that a block's compiled kernels depend on: the `inputs` of `save_caches` and `load_caches`.
 
-    `config.models.attention` must name the kernel that runs, not `auto`. `tokens`: the number of the video's tokens.
-    `exact`: the kernel of the attention calls that stay exact.
+    The plan's `attention` must name the kernel that runs, not `auto`. `exact`: the kernel of the attention calls that
+    stay exact.
     """
-    on_gpu, models = config.ranks.device == "cuda", config.models
-    hadamard = can_rotate(spec.head_dim) if models.fp8_hadamard is None else models.fp8_hadamard
-    in_fp8 = {"hadamard": hadamard, "check": models.attention_check}  # which are parts of the graph
+    config, models = plan.config, plan.config.models
+    on_gpu = config.ranks.device == "cuda"
+    in_fp8 = plan.fp8 and {"hadamard": plan.fp8.hadamard, "check": models.attention_check}  # are parts of the graph
     return {
-        "block": {name: size for name, size in dataclasses.asdict(spec).items() if name != "num_layers"},
-        "tokens": tokens,
+        "block": {name: size for name, size in dataclasses.asdict(plan.spec.dit).items() if name != "num_layers"},
+        "tokens": plan.geometry.tokens,
         "precision": models.precision,
         "quantize": models.quantize,
         "attention": models.attention,
         "exact_attention": exact,
-        "fp8_attention": in_fp8 if models.attention == "fa3-fp8" else None,
+        "fp8_attention": in_fp8,
         "tf32": models.tf32,
         "mode": models.compile_mode,
         "mesh": {"cfg": config.ranks.cfg_parallel, "ulysses": config.ranks.ulysses},

@@ -281,7 +281,7 @@ class Session:
         A session loads the caches of a key once, because its blocks are compiled after the first video of this key. It
         loads them again after the graphs were freed, which happens after very many shapes.
         """
-        inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens, exact)
+        inputs = cache_inputs(plan, exact)
         if make_room_for_graphs(key := key_of(inputs)):
             self._compile_caches.clear()
         if key not in self._compile_caches:

@@ -22,6 +22,11 @@ def parse_span(text: str) -> range | None:
     return (range(int(match[1]), int(match[2])) or None) if match else None
 
 
+def can_rotate(head_dim: int) -> bool:
+    """Returns whether there is a Hadamard matrix for heads of `head_dim` channels: for each power of two."""
+    return head_dim & (head_dim - 1) == 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fp8Schedule:
     """This class says which calls of self-attention of one video are computed in float8."""
@@ -57,8 +62,7 @@ class Fp8Schedule:
                 f"--attention fa3-fp8: of {num_steps} steps, the first {guard} and the last {guard} would be exact, so "
                 f"that no step is left for float8: add --fp8-steps 0:{num_steps}, for example"
             )
-        is_power = head_dim & (head_dim - 1) == 0
-        if hadamard and not is_power:
+        if hadamard and not can_rotate(head_dim):
             raise ConfigError(
                 f"--fp8-hadamard: this model's heads have {head_dim} channels, but this program has Hadamard matrices "
                 "only for powers of two: drop --fp8-hadamard"
@@ -66,7 +70,7 @@ class Fp8Schedule:
         return cls(
             steps=range(guard, num_steps - guard) if steps is None else _inside("--fp8-steps", steps, num_steps),
             layers=range(num_layers) if layers is None else _inside("--fp8-layers", layers, num_layers),
-            hadamard=is_power if hadamard is None else hadamard,
+            hadamard=can_rotate(head_dim) if hadamard is None else hadamard,
         )
 
     def is_fp8(self, step: int, layer: int) -> bool:

@@ -94,7 +94,7 @@ def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, 
     if plan.sparsity and plan.sparsity.has_fp8:
         attention_probe.require_fp8(ranks, config.models.precision, spec.dit.head_dim)
     store = ArtifactStore(Path(config.models.artifacts_dir))
-    inputs = cache_inputs(config, spec.dit, plan.geometry.tokens, choice.exact)
+    inputs = cache_inputs(plan, choice.exact)
     found = load_caches(store, inputs, ranks, is_named=is_artifacts_dir_named(job.requested)) is not None
     watch = Stopwatch(ranks.device)
     progress("loading the stored caches" if found else "compiling")

@@ -27,9 +27,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from wanfast.runtime.facts.fp8_schedule import can_rotate
 from wanfast.runtime.models.attention_kernels import is_importable
 from wanfast.runtime.models.fused import heads_to_fp8
-from wanfast.runtime.models.hadamard import can_rotate, hadamard_rotated
+from wanfast.runtime.models.hadamard import hadamard_rotated
 from wanfast.runtime.models.operators import opaque
 from wanfast.runtime.models.tokens import FP8, LARGEST
 

@@ -14,11 +14,6 @@ from einops import rearrange
 from torch import Tensor
 
 
-def can_rotate(head_dim: int) -> bool:
-    """Returns whether this module has a Hadamard matrix of size `head_dim`; it has one for each power of two."""
-    return head_dim & (head_dim - 1) == 0
-
-
 def hadamard_rotated(x_D: Tensor) -> Tensor:
     """Returns x [..., D] times the orthonormal Hadamard matrix of size D; D must be a power of two."""
     x, half = x_D, 1
