@@ -64,6 +64,7 @@ from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.attention_check import sampled_errors
 from wanfast.runtime.models.bricks import TokenOrder
 from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.lossy import run
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.plan_json import plan_json, sparsity_json
 
@@ -332,11 +333,11 @@ class Tried:
         self._texts = dict(zip(BRANCHES, map(model.encode_text, inputs.texts), strict=True))
         self._steps = count(0, ModelsConfig.lists_every)
         self._lossy: dict[str, tuple[LossyAttention, TokenOrder]] = {}
-        for kind in KINDS:
-            heads = spec.dit.num_heads
-            lossy = SparseAttention(self._attend, heads, ranks) if kind == "sparse" else Fp8Attention(heads, ranks)
+        sparse, fp8 = SparseAttention(self._attend, spec.dit.num_heads, ranks), Fp8Attention(spec.dit.num_heads, ranks)
+        for kind, lossy in (("sparse", sparse), ("fp8", fp8)):
             lossy.use_in(model)
             self._lossy[kind] = lossy, lossy.start(plan_of(options, spec, kind, checked=True))
+        self._run = partial(run, attend=sparse.attend, check=fp8.check)
 
     def ways(self) -> Iterator[Way]:
         """Yields the forwards of the prompt's branch; those that make lists make them for the next ones too."""
@@ -369,6 +370,7 @@ class Tried:
             lossy._seed = 0 if checked else None
             if isinstance(lossy, SparseAttention):
                 lossy.use_in(self._model)
+            self._run()  # the forwards of several objects take turns
             lossy.begin(step, "low_noise", BRANCHES, branch, self._ranks)
             options |= {"order": order, "before_block": lossy.enter}
         text = self._texts[branch][: len(self._model.blocks)]

@@ -44,7 +44,7 @@ def videos(plans: list[Plan], files: ModelFiles, ranks: Ranks, counter: CompileC
         torch.manual_seed(3)
         given = blank_inputs(plan, files)
         latents = pipeline.latent(plan, *given, Stopwatch("cpu"), lambda *_: None, plan.residuals())
-        assert pipeline.lossy is not None and lossy._running is None
+        assert pipeline.lossy is not None and lossy._attend is lossy._check is None
         made.append((latents.clone(), pipeline.lossy.report()))
         graphs.append(counter.frame_count if counter else 0)
     return made, graphs
@@ -107,7 +107,7 @@ def warmed(plan: Plan, ranks: Ranks, counter: CompileCounterWithBackend) -> int:
     every_call = EVERY_CALL[plan.config.models.attention]
     with torch.inference_mode():
         warmup._forward(with_options(plan, **every_call, fp8_layers=None), ranks, Stopwatch("cpu"), "flash")
-    assert lossy._running is None
+    assert lossy._attend is lossy._check is None
     return counter.frame_count
 
 

@@ -17,6 +17,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.lossy_attention import LossyAttention
 from wanfast.runtime.facts.choices import Branch, Expert
 from wanfast.runtime.facts.fp8_schedule import Fp8Schedule
+from wanfast.runtime.models import lossy
 from wanfast.runtime.models.attention_check import sampled_errors
 from wanfast.runtime.models.bricks import TokenOrder
 from wanfast.runtime.models.dit import Fp8, SelfAttention, WanDiT
@@ -41,6 +42,7 @@ class Fp8Attention(LossyAttention):
 
     def start(self, plan: Plan) -> TokenOrder:
         order = super().start(plan)
+        lossy.run(check=self.check)
         self._schedule, self._num_tokens = plan.fp8, plan.geometry.tokens
         self._tell(None)
         return order

@@ -53,10 +53,9 @@ class LossyAttention:
         raise NotImplementedError
 
     def start(self, plan: Plan) -> TokenOrder:
-        """Begins a video, and returns the order of its tokens."""
+        """Begins a video, and returns the order of its tokens; a subclass also tells `lossy.run` what it computes."""
         self._forward, self._errors, self._num_layers = None, {}, plan.spec.dit.num_layers
         self._seed = plan.config.video.seed if plan.config.models.attention_check else None
-        lossy.run(self)
         return RASTER
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
@@ -66,31 +65,15 @@ class LossyAttention:
         `ranks`: the rank group, with the mesh of this step.
         """
         self._forward = Forward(step, expert, branches, branch, ranks)
-        lossy.run(self)
 
     def enter(self, layer: int) -> None:
         """Begins layer `layer`, counted from 0, of the current forward."""
         self._layer = layer
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns the attention [B, L, h, D] of this rank's h heads, in the layer that `enter` named last.
-
-        The operator `lossy_attention` calls this method.
-        """
-        raise NotImplementedError
-
-    def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """Returns the relative error [H] of each head, in the layer that `enter` named last.
-
-        The operator `check_attention` calls this method. `out` is the attention that was computed from `q`, `k` and
-        `v`; it is compared with exact attention. All four arguments are [B, L, H, D], and hold this rank's tokens.
-        """
-        raise NotImplementedError
-
     def finish(self) -> None:
         """Tells this object that the last step of the video has ended; the errors stay until the next video starts."""
         self._forward = None
-        lossy.run(None)
+        lossy.run()
 
     @property
     def is_checked(self) -> bool:

@@ -29,6 +29,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.lossy_attention import Forward, LossyAttention
 from wanfast.runtime.facts.choices import Branch, Expert
 from wanfast.runtime.facts.sparsity import BLOCK, BRICK, Sparsity
+from wanfast.runtime.models import lossy
 from wanfast.runtime.models.attention import HeadOrder
 from wanfast.runtime.models.attention_check import errors_by_length, fp8_errors, sampled_errors
 from wanfast.runtime.models.attention_fp8 import attention_in_fp8
@@ -37,7 +38,6 @@ from wanfast.runtime.models.attention_router import block_lists, block_order
 from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attention
 from wanfast.runtime.models.bricks import TokenOrder, brick_order
 from wanfast.runtime.models.dit import SelfAttention, WanDiT
-from wanfast.runtime.models.lossy import lossy_attention
 from wanfast.runtime.planning.plan import Plan
 
 T = TypeVar("T")
@@ -70,11 +70,12 @@ class SparseAttention(LossyAttention):
     def use_in(self, model: WanDiT) -> None:
         """Makes each layer of an expert call `attend` for its self-attention; call `use_in` once for each expert."""
         for layer, attention in enumerate(model.self_attentions()):
-            attention.attend = lossy_attention
+            attention.attend = lossy.lossy_attention
             self._layers[attention] = layer
 
     def start(self, plan: Plan) -> TokenOrder:
         super().start(plan)
+        lossy.run(attend=self.attend)
         self._sparsity, self._lists, self._orders = plan.sparsity, {}, {}
         self._is_compiled = plan.config.models.compile
         self._divide_heads(None)
