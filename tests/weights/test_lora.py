@@ -473,7 +473,7 @@ def test_other_loras_in_the_same_memory_are_bit_for_bit_a_fresh_load(
                 experts.evict(1 << 40)
             got, wanted = state(experts.take("high_noise")[0]), state(fresh(*loras))
             found.append(all(torch.equal(got[name].float(), wanted[name].float()) for name in wanted))
-            experts.leave()
+            experts.release()
         others = state(experts.take("low_noise")[0]), state(fresh())
         return [*found, torch.equal(*(each["head.head.weight"] for each in others))]
 

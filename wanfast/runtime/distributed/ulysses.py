@@ -39,7 +39,7 @@ class Ulysses:
     group: dist.ProcessGroup
 
     @property
-    def overlaps(self) -> bool:
+    def is_shared(self) -> bool:
         return True
 
     def shard(self, x: Tensor, dim: int) -> Tensor:

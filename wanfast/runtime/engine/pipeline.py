@@ -85,7 +85,7 @@ class VideoPipeline:
             condition = self.encode_condition(images, plan.geometry)
         with watch.span("denoise"):
             latent = self.denoise(plan, noise, condition, text, residuals, on_step, partial(next, noises))
-        self.experts.leave()
+        self.experts.release()
         return latent
 
     @torch.inference_mode()

@@ -271,7 +271,7 @@ class Session:
     def _free_for_umt5(self) -> None:
         """Frees memory of the experts; only a rank that is about to load UMT5 calls this."""
         if self._pipeline is not None:
-            self._pipeline.experts.leave()
+            self._pipeline.experts.release()
             umt5 = memory.umt5_bytes(self.files.spec.umt5, self.config.models.precision)
             self._pipeline.make_room(umt5 + memory.MARGIN_BYTES)
 

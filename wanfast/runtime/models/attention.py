@@ -147,10 +147,10 @@ class Sequence(Protocol):
         ...
 
     @property
-    def overlaps(self) -> bool:
-        """Returns whether `attention` requests q, k and v in separate calls, instead of all three in one call.
+    def is_shared(self) -> bool:
+        """Returns whether several ranks share the tokens.
 
-        Separate calls let `attention` send q to the other ranks while k is computed.
+        Then `attention` requests q, k and v in separate calls, to send q to the other ranks while k is computed.
         """
         ...
 
@@ -182,7 +182,7 @@ class WholeSequence:
     """This class implements `Sequence` for a single rank, which holds all tokens and exchanges nothing."""
 
     @property
-    def overlaps(self) -> bool:
+    def is_shared(self) -> bool:
         return False
 
     def shard(self, x: Tensor, dim: int) -> Tensor:

@@ -160,7 +160,7 @@ def fp8_attention(heads: Fp8Heads, dtype: torch.dtype) -> Tensor:
 @opaque("wanfast::fp8_attention", shape=lambda q, k, v, scales, v_centre, dtype: q.new_empty(q.shape, dtype=dtype))
 def _fp8_attention(q: Tensor, k: Tensor, v: Tensor, scales: Tensor, v_centre: Tensor, dtype: torch.dtype) -> Tensor:
     out = (_by_fa3() if q.is_cuda else emulated)(Fp8Heads(q, k, v, scales, v_centre))
-    return out.add_(v_centre).to(dtype)  # in float32, and rounded once
+    return out.add_(v_centre).to(dtype)  # FlashAttention-3 has already rounded to bf16; the emulation has not rounded
 
 
 def _by_fa3() -> Callable[[Fp8Heads], Tensor]:

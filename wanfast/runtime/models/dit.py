@@ -155,11 +155,11 @@ class SelfAttention(Attention):
 
     def forward(self, x_BLd: Tokens, rope: RotaryTables, num_tokens: int, sequence: Sequence) -> Tensor:
         if self.fp8 is None:
-            order = self.head_order if sequence.overlaps else None  # one rank has all heads
+            order = self.head_order if sequence.is_shared else None  # one rank has all heads
             heads = sequence.attention(_Projections(self, x_BLd, rope, order), num_tokens, self.attend)
             heads = heads if order is None else order.restored(heads)
         else:
-            projections = _Fp8Projections(self, x_BLd, rope, self.fp8, together=not sequence.overlaps)
+            projections = _Fp8Projections(self, x_BLd, rope, self.fp8, together=not sequence.is_shared)
             heads = sequence.fp8_attention(projections, num_tokens)
             if self.fp8.errors is not None:
                 check_attention(*projections.exact(), heads, self.fp8.errors)
@@ -450,7 +450,7 @@ class WanDiT(nn.Module):
         after the other.
         The weights must be loaded and must not be sharded.
         """
-        if not self.sequence.overlaps:
+        if not self.sequence.is_shared:
             for block in self._blocks():
                 block.self_attn.fuse_projections()
 

@@ -42,7 +42,7 @@ class Experts(Protocol):
         """
         ...
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Frees the GPU memory of offloaded experts until the next `take`; resident experts stay on the device."""
         ...
 
@@ -83,7 +83,7 @@ class ResidentExperts:
             self._fetch(returning)
         return model, lambda index: None
 
-    def leave(self) -> None:
+    def release(self) -> None:
         pass
 
     def evict(self, size: int) -> bool:
@@ -153,7 +153,7 @@ class OffloadedExperts:
         self._parameters = dict(self._model.named_parameters())
         self._resident: Expert | None = None  # its weights are on the device
         self._arriving: Expert | None = None  # its blocks are overwriting the resident ones
-        self.leave()
+        self.release()
 
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
         if not blocks and self._resident == expert:
@@ -176,7 +176,7 @@ class OffloadedExperts:
 
         return self._model, overwrite_block
 
-    def leave(self) -> None:
+    def release(self) -> None:
         for parameter in self._parameters.values():
             _empty(parameter, self._device)
         self._resident = self._arriving = None
@@ -188,7 +188,7 @@ class OffloadedExperts:
         for name, parameter in self._parameters.items():
             parameter.data = self._host[expert][name]
         held = self._model.state_dict()
-        self.leave()
+        self.release()
         return self._model, held
 
     def _overwrite(self, expert: Expert, chosen: Callable[[str], bool]) -> None:
