@@ -37,9 +37,10 @@ from wanfast.runtime.facts.choices import BRANCHES, Branch
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec
 from wanfast.runtime.machine.packages import commit, versions
-from wanfast.runtime.models.attention import Projections, Sequence, WholeSequence
+from wanfast.runtime.models.attention import Sequence, WholeSequence
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import TextKV
+from wanfast.runtime.models.projections import Projections
 
 
 @dataclass(frozen=True)

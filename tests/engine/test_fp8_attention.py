@@ -27,7 +27,8 @@ from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models import attention, attention_kernels, dit, lossy
 from wanfast.runtime.models.attention import Sequence, WholeSequence
-from wanfast.runtime.models.dit import Fp8, SelfAttention
+from wanfast.runtime.models.dit import SelfAttention
+from wanfast.runtime.models.projections import Fp8, Fp8Projections
 from wanfast.runtime.models.rope import RotaryTables, rotary_tables
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.model_files import ModelFiles
@@ -55,7 +56,7 @@ def layer_of() -> SelfAttention:
 def attended(layer: SelfAttention, x: Tensor, sequence: Sequence, hadamard: bool) -> Tensor:
     """Returns the attention of all tokens in float8, before the last projection."""
     rope = RotaryTables(*(sequence.shard(table, 0) for table in rotary_tables(GRID, 16)))
-    projections = dit._Fp8Projections(layer, sequence.shard(x, 1), rope, Fp8(hadamard), together=False)
+    projections = Fp8Projections(layer, sequence.shard(x, 1), rope, Fp8(hadamard), together=False)
     return sequence.gather(sequence.fp8_attention(projections, TOKENS), 1, TOKENS)
 
 

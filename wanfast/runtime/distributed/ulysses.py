@@ -26,9 +26,9 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.runtime.distributed.collectives import all_gather
-from wanfast.runtime.models.attention import Fp8Projections, Projections
 from wanfast.runtime.models.attention_fp8 import Fp8Heads, fp8_attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
+from wanfast.runtime.models.projections import Fp8Projections, Projections
 from wanfast.runtime.models.tokens import FP8, packed
 
 

@@ -20,7 +20,8 @@ from wanfast.runtime.facts.fp8_schedule import Fp8Schedule
 from wanfast.runtime.models import lossy
 from wanfast.runtime.models.attention_check import sampled_errors
 from wanfast.runtime.models.bricks import TokenOrder
-from wanfast.runtime.models.dit import Fp8, SelfAttention, WanDiT
+from wanfast.runtime.models.dit import SelfAttention, WanDiT
+from wanfast.runtime.models.projections import Fp8
 from wanfast.runtime.planning.plan import Plan
 
 

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanfast.runtime.models.attention_fp8 import Fp8Heads, Scaling, fp8_attention
+from wanfast.runtime.models.attention_fp8 import Fp8Heads, fp8_attention
 from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
 from wanfast.runtime.models.operators import opaque
+from wanfast.runtime.models.projections import Fp8Projections, Projections
 
 
 def attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
@@ -72,68 +73,6 @@ class HeadOrder(NamedTuple):
     def restored(self, x_BLHD: Tensor) -> Tensor:
         """Takes x in this order, and returns x in the model's order of heads."""
         return x_BLHD.index_select(2, self.inverse)
-
-
-class Projections(Protocol):
-    """This interface computes the queries q, the keys k and the values v of this rank's tokens.
-
-    `all` computes q, k and v together. `by_heads` computes either q or k, with the heads divided into groups. `values`
-    computes v for one group of heads. A group has successive heads of the model, or of a `HeadOrder` if there is one.
-    """
-
-    def all(self) -> list[Tensor]:
-        """Returns q, k and v, each [B, L, H, D]."""
-        ...
-
-    def by_heads(self, name: str, parts: int) -> Tensor:
-        """Returns q if `name` is "q", or k if `name` is "k", with the heads divided into `parts` equal groups.
-
-        The result [parts, B, L, H / parts, D] is contiguous.
-        """
-        ...
-
-    def values(self, part: int, parts: int) -> Tensor:
-        """Divides the heads into `parts` equal groups, and returns v for the heads of group `part`, counted from 0.
-
-        The result [B, L, H / parts, D] is contiguous.
-        """
-        ...
-
-
-class Fp8Projections(Protocol):
-    """This interface computes queries, keys and values of this rank's tokens in float8; `attention_fp8` explains how.
-
-    For the queries, call `queries`. For the keys and values, first call `statistics` on every rank. Then give the
-    statistics of all ranks to `scaling`, and give the result of `scaling` to `keys_and_values`.
-    """
-
-    dtype: torch.dtype  # of the attention's result
-
-    def queries(self, parts: int) -> Tensor:
-        """Returns q in float8, with the heads divided into `parts` equal groups: [parts, B, L, H / parts, D]."""
-        ...
-
-    def statistics(self, first: int, count: int, num_tokens: int) -> Tensor:
-        """Returns the statistics [5, d] of this rank's k and v, as `attention_fp8.statistics` defines them; d = H * D.
-
-        `first`: the index of this rank's first token in the video. `count`: the number of this rank's tokens, without
-        padding. `num_tokens`: the number of tokens of the video.
-        """
-        ...
-
-    def scaling(self, statistics_P5d: Tensor) -> Scaling:
-        """Returns each head's scales and centres: the numbers by which float8 values are made of q, k and v.
-
-        `statistics_P5d`: the result of `statistics` on each of the P ranks.
-        """
-        ...
-
-    def keys_and_values(self, scaling: Scaling, parts: int) -> tuple[Tensor, Tensor]:
-        """Returns k and v in float8, with the heads divided into `parts` equal groups.
-
-        Both are [parts, B, L, H / parts, D]. `scaling` is the result of the method `scaling`.
-        """
-        ...
 
 
 class Sequence(Protocol):
