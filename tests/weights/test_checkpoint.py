@@ -37,7 +37,7 @@ def weights(tmp_path: Path) -> Path:
 
 def load(*files: Path, dtype: torch.dtype = torch.float32) -> UMT5Encoder:
     model = umt5("meta", dtype)
-    checkpoint.load(model, files, network="umt5", layout="original", ranks=Ranks("cpu"))
+    checkpoint.load(model, checkpoint.Source(files, "umt5", "original"), Ranks("cpu"))
     return model
 
 
@@ -79,7 +79,7 @@ def test_a_missing_tensor_is_named_as_the_files_name_theirs(tmp_path: Path) -> N
     save_file({"shared.weight": load_file(first)["shared.weight"]}, second)
     edited(first, **{"shared.weight": None, "encoder.final_layer_norm.weight": None})
     with pytest.raises(CorruptArtifactError) as error:
-        checkpoint.load(umt5("meta"), [first, second], network="umt5", layout="diffusers", ranks=Ranks("cpu"))
+        checkpoint.load(umt5("meta"), checkpoint.Source([first, second], "umt5", "diffusers"), Ranks("cpu"))
     assert f"{tmp_path}: missing tensor 'encoder.final_layer_norm.weight' (1 missing in all)" in str(error.value)
 
 
@@ -96,7 +96,7 @@ def test_an_embedding_that_is_written_twice_is_read_once(tmp_path: Path) -> None
     embedding = load_file(file)["shared.weight"]
     edited(file, **{"encoder.embed_tokens.weight": embedding})
     model = umt5("meta")
-    checkpoint.load(model, [file], network="umt5", layout="diffusers", ranks=Ranks("cpu"))
+    checkpoint.load(model, checkpoint.Source([file], "umt5", "diffusers"), Ranks("cpu"))
     assert torch.equal(model.token_embedding.weight, embedding)
 
 
@@ -186,10 +186,10 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path, name: str, value: f
     checkpoint.save(model, tmp_path / name, network="umt5", layout="diffusers")
     blank = umt5("meta")
     with pytest.raises(CorruptArtifactError) as error:
-        checkpoint.load(blank, [tmp_path / name], network="umt5", layout="diffusers", ranks=Ranks("cpu"))
+        checkpoint.load(blank, checkpoint.Source([tmp_path / name], "umt5", "diffusers"), Ranks("cpu"))
     key = "encoder.block.1.layer.1.DenseReluDense.wi_1.weight"
     assert f"{tmp_path / name}: tensor '{key}' holds NaN or an infinity" in str(error.value)
-    readers = checkpoint.stream(umt5("meta"), [tmp_path / name], network="umt5", layout="diffusers")
+    readers = checkpoint.stream(umt5("meta"), checkpoint.Source([tmp_path / name], "umt5", "diffusers"))
     with pytest.raises(CorruptArtifactError, match="holds NaN or an infinity"):
         for own, rows in readers:
             rows(0, len(blank.state_dict()[own]))
@@ -206,7 +206,7 @@ def test_all_ranks_raise_what_one_read(tmp_path: Path) -> None:
             module = torch.nn.Linear(checkpoint._WORTH_SHARING, 4, bias=False)
         files = [tmp_path / "large.safetensors"]
         with pytest.raises(CorruptArtifactError) as error:
-            checkpoint.load(module, files, network="dit", layout="original", ranks=ranks)
+            checkpoint.load(module, checkpoint.Source(files, "dit", "original"), ranks)
         return str(error.value), error.value.is_agreed
 
     first, second = on_ranks(Mesh(ulysses=2), work)

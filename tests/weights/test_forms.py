@@ -144,7 +144,7 @@ def test_ranks_that_dequantize_at_the_same_time_share_the_cores(
     monkeypatch.setattr(host, "cores", lambda: 12)
     files, _ = written(source, weights, tmp_path, "GGUF Q8_0")
     found = forms.source_of(files, "high_noise", 4)
-    reader = found["reader"](found["files"][0])
+    reader = found.reader(found.files[0])
     reader.rows(next(key for key, (shape, _) in reader.header().items() if len(shape) == 2), 0, 1)
     assert threads == [3]
 

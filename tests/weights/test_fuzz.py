@@ -42,7 +42,7 @@ def load(file: Path) -> None:
         model = UMT5Encoder(SPEC, torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        checkpoint.load(model, [file], network="umt5", layout="original", ranks=Ranks("cpu"))
+        checkpoint.load(model, checkpoint.Source([file], "umt5", "original"), Ranks("cpu"))
     assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
 
 
@@ -83,7 +83,7 @@ def test_files_of_experts(tmp_path: Path, form: str, examples: int) -> None:
         file.write_bytes(new)
         model = torch.nn.ModuleDict({"ffn": torch.nn.Linear(256, 2, device="meta")})
         files = dataclasses.replace(TINY_FILES, experts=(NamedExpert("high_noise", file),))
-        checkpoint.load(model, network="dit", ranks=Ranks("cpu"), **source_of(files, "high_noise"))
+        checkpoint.load(model, source_of(files, "high_noise"), Ranks("cpu"))
         assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
 
     damage(damaged(content), check, examples)

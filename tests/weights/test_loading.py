@@ -137,7 +137,7 @@ def test_rows_that_the_ranks_do_not_divide(tmp_path: Path, ranks: int, sharded: 
             module = Odd(scalar)
         if sharded:
             fsdp.shard(module, "cpu")
-        checkpoint.load(module, [file], network="dit", layout="original", ranks=own)
+        checkpoint.load(module, checkpoint.Source([file], "dit", "original"), own)
         held = {name: whole(tensor) for name, tensor in module.state_dict().items()}
         return [name for name, tensor in held.items() if not torch.equal(tensor, stored[name].to(tensor.dtype))]
 
@@ -156,7 +156,7 @@ def test_what_was_loaded_needs_its_file_no_more(tmp_path: Path) -> None:
     save_file(values, file)
     with torch.device("meta"):
         module = Odd(scalar=True)
-    checkpoint.load(module, [file], network="dit", layout="original", ranks=Ranks("cpu"))
+    checkpoint.load(module, checkpoint.Source([file], "dit", "original"), Ranks("cpu"))
     save_file({name: tensor * 2 for name, tensor in values.items()}, tmp_path / "other.safetensors")
     file.write_bytes((tmp_path / "other.safetensors").read_bytes())
     assert all(bool((tensor == 1).all()) for tensor in module.state_dict().values())

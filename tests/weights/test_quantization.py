@@ -284,7 +284,7 @@ def test_the_manifest_and_the_errors_say_what_was_done(
     with torch.device("meta"):
         wanted = WanDiT(SPEC, torch.float32).state_dict()
     exact = {name: rows(0, len(wanted[name])) for name, rows in checkpoint.stream(
-        WanDiT(SPEC, torch.float32), source.weights("high_noise"), network="dit", layout="original"
+        WanDiT(SPEC, torch.float32), checkpoint.Source(source.weights("high_noise"), "dit", "original")
     )}  # fmt: skip
     name = next(iter(errors["worst"]))
     values, scale = quantize_weight(exact[name], "fp8-rowwise")

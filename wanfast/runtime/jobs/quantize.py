@@ -134,9 +134,9 @@ class _Job:
         with torch.device("meta"):
             model = WanDiT(self.wanted.files.spec.dit, torch.bfloat16)
         held, writer, errors, read = model.state_dict(), _Shards(folder), _Errors(), 0
-        source = source_of(self.wanted.files, self.wanted.expert)
         merge = merge_of(self.wanted.loras, self.wanted.expert, self.wanted.files.spec.dit)
-        for name, rows in checkpoint.stream(model, network="dit", merge=merge, **source):
+        source = source_of(self.wanted.files, self.wanted.expert, merge=merge)
+        for name, rows in checkpoint.stream(model, source):
             like = held[name]
             if in_8_bits(self.wanted.scheme) and is_quantized(name):
                 values, scale = self._quantized(name, rows, like, errors)

@@ -9,8 +9,6 @@ expert is sharded, or if ranks share the tokens of every forward.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from torch import Tensor
 from wanfast.runtime.device.meta import on_meta
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.facts.choices import Expert, Layout, Precision, Scheme, in_8_bits
+from wanfast.runtime.facts.choices import Expert, Precision, Scheme, in_8_bits
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.attention import attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
@@ -28,7 +26,7 @@ from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, shards
 from wanfast.runtime.weights import checkpoint
-from wanfast.runtime.weights.checkpoint import MergeFn, ReaderFn, plain_reader, unmerged
+from wanfast.runtime.weights.checkpoint import MergeFn, Source, unmerged
 from wanfast.runtime.weights.forms import source_of
 from wanfast.runtime.weights.quantization import quantize_linears
 
@@ -65,7 +63,7 @@ def build_expert(
     scheme = quantized.scheme if quantized else None
     model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, scheme=scheme, sharded=sharded)
     source = _source(files, expert, ranks, None if on_the_fly else quantized, merge)
-    checkpoint.load(model, network="dit", ranks=ranks, device=device, on_the_fly=on_the_fly, **source)
+    checkpoint.load(model, source, ranks, device=device, on_the_fly=on_the_fly)
     if not sharded:
         model.fuse_projections()
     return model
@@ -88,25 +86,14 @@ def refill_expert(
     `held`: the expert's tensors, by the names of its state dict.
     """
     source = _source(files, expert, ranks, None if on_the_fly else quantized, merge)
-    place = device or ranks.device
-    checkpoint.refill(model, held, network="dit", ranks=ranks, device=place, on_the_fly=on_the_fly, **source)
+    checkpoint.refill(model, held, source, ranks, device=device, on_the_fly=on_the_fly)
 
 
-class _Source(TypedDict):
-    """Says where an expert's weights come from."""
-
-    files: list[Path]
-    layout: Layout
-    merge: MergeFn
-    reader: ReaderFn
-
-
-def _source(files: ModelFiles, expert: Expert, ranks: Ranks, stored: QuantizedExpert | None, merge: MergeFn) -> _Source:
+def _source(files: ModelFiles, expert: Expert, ranks: Ranks, stored: QuantizedExpert | None, merge: MergeFn) -> Source:
     """Returns the artifact of a stored expert, which was merged before, or the files from which it would be made."""
     if stored is not None:
-        own = shards(ranks.together(stored.require))
-        return {"files": own, "layout": "original", "merge": unmerged, "reader": plain_reader}
-    return {**ranks.together(lambda: source_of(files, expert, ranks.mesh.size)), "merge": merge}
+        return Source(shards(ranks.together(stored.require)), "dit", "original")
+    return ranks.together(lambda: source_of(files, expert, ranks.mesh.size, merge))
 
 
 def expert_on_meta(
@@ -131,7 +118,7 @@ def build_vae(files: ModelFiles, device: str, precision: Precision = "fp32") -> 
     """Returns the VAE with loaded weights; its decoder has the dtype of `precision`, and its encoder has float32."""
     with on_meta():
         model = WanVAE(files.spec.vae, DTYPES[precision])
-    checkpoint.load(model, files.weights("vae"), network="vae", layout=files.layout, ranks=Ranks(device))
+    checkpoint.load(model, Source(files.weights("vae"), "vae", files.layout), Ranks(device))
     model.lay_out()
     return model
 
@@ -141,5 +128,5 @@ def build_umt5(files: ModelFiles, precision: Precision, ranks: Ranks, *, sharded
         model = UMT5Encoder(files.spec.umt5, dtype=DTYPES[precision])
     if sharded:
         fsdp.shard(model, ranks.device)
-    checkpoint.load(model, files.weights("umt5"), network="umt5", layout=files.layout, ranks=ranks)
+    checkpoint.load(model, Source(files.weights("umt5"), "umt5", files.layout), ranks)
     return model

@@ -85,31 +85,30 @@ def plain_reader(file: Path) -> Reader:
     return _PthReader(file) if file.suffix == ".pth" else SafetensorsReader(file)
 
 
+@dataclass(frozen=True)
+class Source:
+    """This class says which files hold a module's weights, and how the weights are read from these files."""
+
+    files: Sequence[Path]
+    network: Network
+    layout: Layout  # with `network`: how the files name the tensors
+    reader: ReaderFn = plain_reader  # returns the Reader of a file
+    merge: MergeFn = unmerged  # adds LoRAs to the values, before they are cast or quantized
+
+
 def load(
-    module: nn.Module,
-    files: Sequence[Path],
-    *,
-    network: Network,
-    layout: Layout,
-    ranks: Ranks,
-    device: str | None = None,
-    on_the_fly: bool = False,
-    merge: MergeFn = unmerged,
-    reader: ReaderFn = plain_reader,
+    module: nn.Module, source: Source, ranks: Ranks, *, device: str | None = None, on_the_fly: bool = False
 ) -> None:
-    """Fills the parameters of `module` from `files`, and prepares `module` for inference.
+    """Fills the parameters of `module` from `source`, and prepares `module` for inference.
 
     `module` is on the meta device. Each parameter keeps its dtype: the values from the files are cast. All `ranks` must
-    call this function together. `network` and `layout` say how the files name the tensors. The parameters go to
-    `device`, by default the rank's device. With `on_the_fly`, the files hold unquantized weights, and the weights of
-    quantized layers are quantized while they are read. `merge` adds LoRAs to the values before they are cast or
-    quantized. `reader` returns the Reader of a file.
+    call this function together. The parameters go to `device`, by default the rank's device. With `on_the_fly`, the
+    files hold unquantized weights, and the weights of quantized layers are quantized while they are read.
     Raises CorruptArtifactError if the files do not fit `module`, are damaged, or hold a value that is not finite.
     """
     wanted = module.state_dict()
     quantizing = _schemes(module, wanted) if on_the_fly else {}
-    source = _Source(files, network, layout, reader)
-    read = _read(wanted, quantizing, source, ranks, device or ranks.device, merge)
+    read = _read(wanted, quantizing, source, ranks, device or ranks.device)
     module.load_state_dict(dict(read), strict=True, assign=True)
     module.requires_grad_(False).eval()
 
@@ -117,17 +116,13 @@ def load(
 def refill(
     module: nn.Module,
     held: Mapping[str, Tensor],
-    files: Sequence[Path],
-    *,
-    network: Network,
-    layout: Layout,
+    source: Source,
     ranks: Ranks,
-    device: str,
+    *,
+    device: str | None,
     on_the_fly: bool,
-    merge: MergeFn,
-    reader: ReaderFn = plain_reader,
 ) -> None:
-    """Overwrites the weights of a loaded `module` in place with the values in `files`.
+    """Overwrites the weights of a loaded `module` in place with those of `source`.
 
     `held`: {name in the module's state dict: tensor}, with all tensors of `module`. The other arguments are those of
     `load`.
@@ -135,18 +130,16 @@ def refill(
     Therefore, `module` must be loaded again.
     """
     quantizing = _schemes(module, held) if on_the_fly else {}
-    source = _Source(files, network, layout, reader)
-    for name, tensor in _read(held, quantizing, source, ranks, device, merge):
+    for name, tensor in _read(held, quantizing, source, ranks, device or ranks.device):
         held[name].copy_(tensor)
 
 
 def _read(
     wanted: Mapping[str, Tensor],
     quantizing: Mapping[str, Scheme],
-    source: _Source,
+    source: Source,
     ranks: Ranks,
     device: str,
-    merge: MergeFn,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, what this rank holds of it) of each wanted tensor, which only says its shape and dtype.
 
@@ -159,12 +152,12 @@ def _read(
     for tensor, stored in staging.to_device(mapped, device, host.share_of_cores(ranks.mesh.size)):
         name, part, scheme = tensor.name, parts[tensor.name], quantizing.get(tensor.name)
         scales = tensor.scales(*part.rows)
-        quantized = _taken(stored, scales, scheme) if merge is unmerged else None
+        quantized = _taken(stored, scales, scheme) if source.merge is unmerged else None
         if quantized is not None:
             finite[tensor.place] = all_finite(quantized[0]) & all_finite(quantized[1])
         else:
             read = _dequantized(stored, scales)
-            merged, others = merge(name, read, part.rows)
+            merged, others = source.merge(name, read, part.rows)
             finite |= {tensor.place: all_finite(read), **others}
             quantized = quantize(merged, scheme) if scheme else None
         if quantized is not None:
@@ -177,23 +170,14 @@ def _read(
     ranks.together(lambda: _require_finite(finite))
 
 
-def stream(
-    module: nn.Module,
-    files: Sequence[Path],
-    *,
-    network: Network,
-    layout: Layout,
-    merge: MergeFn = unmerged,
-    reader: ReaderFn = plain_reader,
-) -> Iterator[tuple[str, TensorRows]]:
+def stream(module: nn.Module, source: Source) -> Iterator[tuple[str, TensorRows]]:
     """Yields (name, a TensorRows that reads the tensor) for each tensor of `module`, file by file.
 
     `module` is on the meta device; only its names, shapes and dtypes are used. Raises CorruptArtifactError if the files
     do not fit `module`.
     """
-    source = _Source(files, network, layout, reader)
     for tensor in _in_order_of_files(_match(_to_read(module.state_dict(), {}), source), source):
-        yield tensor.name, TensorRows(tensor, merge)
+        yield tensor.name, TensorRows(tensor, source.merge)
 
 
 @dataclass(frozen=True)
@@ -251,16 +235,6 @@ def _require_finite(finite: Finite) -> None:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Says which files hold a module's tensors, under which names, and how they are read."""
-
-    files: Sequence[Path]
-    network: Network
-    layout: Layout
-    reader: ReaderFn
-
-
-@dataclass(frozen=True)
 class _Tensor:
     """Names one tensor of a file, which `reader` reads."""
 
@@ -280,7 +254,7 @@ class _Tensor:
         return self.reader.scales(self.key, first, end)
 
 
-def _in_order_of_files(places: dict[Path, dict[str, str]], source: _Source) -> Iterator[_Tensor]:
+def _in_order_of_files(places: dict[Path, dict[str, str]], source: Source) -> Iterator[_Tensor]:
     for file, names in places.items():
         reader = source.reader(file)
         for name, key in names.items():
@@ -344,7 +318,7 @@ def _is_plain(name: str, tensor: Tensor, quantizing: Mapping[str, Scheme]) -> bo
     return name in quantizing or tensor.dtype in PLAIN
 
 
-def _match(wanted: Mapping[str, _Wanted], source: _Source) -> dict[Path, dict[str, str]]:
+def _match(wanted: Mapping[str, _Wanted], source: Source) -> dict[Path, dict[str, str]]:
     """Returns {file: {our name: its key}} for every tensor, from headers only. Raises CorruptArtifactError."""
     files, network, layout = source.files, source.network, source.layout
     places: dict[Path, dict[str, str]] = {}

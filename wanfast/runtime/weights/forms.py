@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -23,39 +22,28 @@ import torch
 from torch import Tensor
 
 from wanfast.runtime.errors import CorruptArtifactError, foreign
-from wanfast.runtime.facts.choices import Expert, Layout
+from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.machine import host
 from wanfast.runtime.store.expert_files import ExpertHeader, Stored
 from wanfast.runtime.store.model_files import ModelFiles
-from wanfast.runtime.weights.checkpoint import ReaderFn, SafetensorsReader, plain_reader
+from wanfast.runtime.weights.checkpoint import MergeFn, SafetensorsReader, Source, unmerged
 
 _PIECE_VALUES = 4 << 20  # of a GGUF tensor that one thread dequantizes at a time
 
 
-class Source(TypedDict):
-    """Holds the files of an expert's weights, their layout, and the function that opens a file for reading.
-
-    An expert that wanfast quantized has no `Source`.
-    """
-
-    files: list[Path]
-    layout: Layout
-    reader: ReaderFn
-
-
-def source_of(files: ModelFiles, expert: Expert, ranks: int = 1) -> Source:
+def source_of(files: ModelFiles, expert: Expert, ranks: int = 1, merge: MergeFn = unmerged) -> Source:
     """Returns the files of an expert's weights, and how to read these files.
 
     If the user gave --high-noise-expert or --low-noise-expert for this expert, its files are those of the option.
     Otherwise, they are the expert's files in the model's folder.
-    `ranks`: how many ranks read at the same time; each of them uses an equal share of the CPU cores. Raises
-    WanFastError.
+    `ranks`: how many ranks read at the same time; each of them uses an equal share of the CPU cores. `merge`: adds
+    LoRAs to the weights. Raises WanFastError.
     """
     named = files.named(expert)
     if named is None:
-        return {"files": files.weights(expert), "layout": files.layout, "reader": plain_reader}
+        return Source(files.weights(expert), "dit", files.layout, merge=merge)
     header = named.header()
-    return {"files": named.files, "layout": header.layout, "reader": lambda file: _FormReader(header, file, ranks)}
+    return Source(named.files, "dit", header.layout, lambda file: _FormReader(header, file, ranks), merge)
 
 
 class _FormReader:
