@@ -63,7 +63,9 @@ def test_each_try_to_load_that_fails_costs_one_job(bad_tries: int, failed: int, 
             raise error
 
     session = session_that(**{step: fails})
-    sessions: Any = SimpleNamespace(of=lambda config: session, ranks=Ranks("cpu"), close=lambda: closed.append(1))
+    sessions: Any = SimpleNamespace(
+        of=lambda config: session, ranks=Ranks("cpu"), are_loaded=False, close=lambda: closed.append(1)
+    )
     results = dict(run_jobs(lambda *_: {}, alike(6), sessions, Share(), lambda *state: None))
     assert ["error" in results[index] for index in range(6)] == [True] * failed + [False] * (6 - failed)
     assert len(closed) == bad_tries and next(tries) == bad_tries + 1 + (failed < 6)

@@ -190,7 +190,7 @@ def test_a_lone_rank_that_hangs_costs_its_line_whatever_it_was_doing(
     (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     outcome = wanfast("generate", *SMALL, "--rank-timeout", "1", "--jobs", "jobs.jsonl", "--json")
     assert outcome.exit_code == 6, outcome.err
-    said = ["", "hangs (encoding the image", "hangs (high noise, 1 of 1 steps done", "hangs (loading the models)"]
+    said = ["", "hangs (encoding the image", "hangs (decoding, 1 of 1 steps done", "hangs (loading the models)"]
     for expected, result in zip(said, outcome.document["results"], strict=True):
         assert expected in result.get("error", "") and bool(expected) == ("error" in result), result
 
