@@ -262,8 +262,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, plan: Plan, files: ModelFiles) -> tup
 
     monkeypatch.setattr(sparse_attention.SparseAttention, "attend", attending)
     monkeypatch.setattr(sparse_attention, "block_lists", lambda *a: lists.append(*here) or make(*a))
-    run = sparse_attention.block_sparse_attention
-    monkeypatch.setattr(sparse_attention, "block_sparse_attention", lambda *a: sparse.append(*here) or run(*a))
+    run = sparse_attention.listed_attention
+    monkeypatch.setattr(sparse_attention, "listed_attention", lambda *a: sparse.append(*here) or run(*a))
     made(plan, files, Ranks("cpu"))
     return lists, sparse
 

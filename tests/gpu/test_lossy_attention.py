@@ -21,7 +21,7 @@ from wanfast.runtime.models.attention_check import fp8_errors, sampled_errors
 from wanfast.runtime.models.attention_fp8 import attention_in_fp8, emulated, fp8_attention
 from wanfast.runtime.models.attention_kernels import KERNELS
 from wanfast.runtime.models.attention_router import block_lists
-from wanfast.runtime.models.block_sparse import block_sparse_attention
+from wanfast.runtime.models.block_sparse import block_sparse_attention, listed_attention
 from wanfast.runtime.models.block_sparse import emulated as emulated_lists
 from wanfast.runtime.models.rope import rotary_tables
 
@@ -114,6 +114,14 @@ def block_scores_in_float64(q_BLD: Tensor, k_BLD: Tensor) -> Tensor:
 
 
 @needs_fa4
+def test_an_empty_list_is_refused() -> None:
+    mask = torch.ones(1, 3, 4, 4, dtype=torch.bool, device="cuda")
+    mask[0, 1, 2] = False
+    with pytest.raises(ValueError, match="no block of keys"):
+        block_sparse_attention(*drawn(512), lists_of(mask), 128)
+
+
+@needs_fa4
 @torch.inference_mode()
 def test_the_host_does_not_wait_for_lists() -> None:
     """Neither where the router makes them nor where attention uses them."""
@@ -121,7 +129,7 @@ def test_the_host_does_not_wait_for_lists() -> None:
     for mode in ("default", "error"):  # the first time compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            block_sparse_attention(q, k, v, block_lists(q, k, 128, (1, 2, 3), 1), 128)
+            listed_attention(q, k, v, block_lists(q, k, 128, (1, 2, 3), 1), 128)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tests.parity import relative_error
 from wanfast.runtime.engine import attention_probe
 from wanfast.runtime.models import block_sparse
 from wanfast.runtime.models.attention_router import block_lists, block_scores
-from wanfast.runtime.models.block_sparse import BlockLists, _by_fa4, block_sparse_attention
+from wanfast.runtime.models.block_sparse import BlockLists, _by_fa4, block_sparse_attention, listed_attention
 
 
 def qkv(length: int, heads: int = 2, seed: int = 0, head_dim: int = 8) -> list[Tensor]:
@@ -89,6 +89,14 @@ def test_flash_attention_gets_the_lists(monkeypatch: pytest.MonkeyPatch) -> None
     assert given.mask_block_cnt.shape == lists.counts.shape and given.mask_block_idx.shape == lists.blocks.shape
 
 
+def test_an_empty_list_is_refused() -> None:
+    q, k, v = qkv(32)
+    mask = torch.ones(1, 2, 4, 4, dtype=torch.bool)
+    mask[0, 1, 2] = False
+    with pytest.raises(ValueError, match="no block of keys"):
+        block_sparse_attention(q, k, v, lists_of(mask), 8)
+
+
 def test_the_router_lists_no_empty_list() -> None:
     q, k, _ = qkv(32)
     with pytest.raises(ValueError, match="no block of keys"):
@@ -103,7 +111,9 @@ def test_the_host_does_not_wait_for_the_lists_of_the_router(monkeypatch: pytest.
         lists = BlockLists(
             *(torch.ones(shape, dtype=torch.int32, device="cuda") for shape in ((1, 2, 4), (1, 2, 4, 2)))
         )
-        assert block_sparse_attention(q, k, v, lists, 8) is q
+        assert listed_attention(q, k, v, lists, 8) is q
+        with pytest.raises(DataDependentOutputException):
+            block_sparse_attention(q, k, v, lists, 8)
 
 
 @given(

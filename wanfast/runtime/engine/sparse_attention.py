@@ -35,7 +35,7 @@ from wanfast.runtime.models.attention_check import errors_by_length, fp8_errors,
 from wanfast.runtime.models.attention_fp8 import attention_in_fp8
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.attention_router import block_lists, block_order
-from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attention
+from wanfast.runtime.models.block_sparse import BlockLists, listed_attention
 from wanfast.runtime.models.bricks import TokenOrder, brick_order
 from wanfast.runtime.models.dit import SelfAttention, WanDiT
 from wanfast.runtime.planning.plan import Plan
@@ -188,8 +188,8 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, ways: _Ways) -> Tensor:
     if ways.lists is None:
         return attention_in_fp8(q, k, v)
     if ways.places is None:
-        return block_sparse_attention(q, k, v, ways.lists, BLOCK)
-    by_lists: AttentionFn = partial(block_sparse_attention, lists=ways.lists, block=BLOCK)
+        return listed_attention(q, k, v, ways.lists, BLOCK)
+    by_lists: AttentionFn = partial(listed_attention, lists=ways.lists, block=BLOCK)
     out = torch.empty_like(q)
     for place, attend in zip(ways.places, (by_lists, attention_in_fp8), strict=True):
         own_q, own_k, own_v = (x.index_select(2, place) for x in (q, k, v))

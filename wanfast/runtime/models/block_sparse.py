@@ -34,7 +34,17 @@ def block_sparse_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists
     """Returns softmax(q k^T / sqrt(D)) v, [B, L, H, D] in the dtype of q.
 
     The softmax of each block of queries is only over the keys in its block list. `block`: the number c of tokens in a
-    block. The caller must ensure that no block list is empty, because the host does not wait for the GPU to check this.
+    block. Raises ValueError if a block list is empty. For this check, the host waits for the GPU.
+    """
+    if not bool((lists.counts > 0).all()):
+        raise ValueError("a list has no block of keys: list at least 1 block for each block of queries")
+    return listed_attention(q_BLHD, k_BLHD, v_BLHD, lists, block)
+
+
+def listed_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
+    """Returns the same as `block_sparse_attention`, but does not check whether a block list is empty.
+
+    The caller must ensure that no block list is empty. The host does not wait for the GPU.
     """
     return (_by_fa4 if q_BLHD.is_cuda else emulated)(q_BLHD, k_BLHD, v_BLHD, lists, block)
 
