@@ -26,6 +26,7 @@ from wanfast.bench.cells import ANOTHER_SEED, Bench, Row, planned, recipes_of
 from wanfast.bench.compare import compared
 from wanfast.bench.frames import read_frames, write_frames
 from wanfast.bench.published import PUBLISHED_S
+from wanfast.bench.work import WORKS
 from wanfast.commands import bench as bench_command
 from wanfast.commands.bench import remarks_of, table_of
 from wanfast.magcache_calib.clips import read_set
@@ -113,7 +114,10 @@ def test_a_recipe_of_two_images_is_a_row_with_the_reason(clips: Path) -> None:
     )
 
 
-def test_missing_experts_are_quantized_with_their_loras(clips: Path) -> None:
+def test_missing_experts_are_quantized_with_their_loras(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        cells_module, "apart", lambda work, **arguments: WORKS[work](**json.loads(json.dumps(arguments)))
+    )
     lora = lora_files.write(clips / "a.safetensors", {"blocks.0.ffn.0.diff_b": torch.full((640,), 0.1)})
     (row,) = planned(bench_of(clips, "exact", given=SMALL | {"quantize": "int8-weight-only", "lora": [str(lora)]}))
     assert row.error is None and len(list(Path("artifacts/quantized").glob("*/manifest.json"))) == 2

@@ -150,7 +150,7 @@ def test_a_log_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPat
     assert full.tries > 2
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_pipe_gets_lines_on_stderr_only(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.001)
     one = ("--prompt", "a cat", "--steps", "4", "--num-gpus", str(ranks), "--json")

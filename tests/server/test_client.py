@@ -20,6 +20,7 @@ from PIL import Image
 
 import wanfast
 from tests.server.running import STAR, Running, colour, data_url, running, until
+from wanfast.server import app
 from wanfast.server.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -213,8 +214,11 @@ def test_a_video_of_sync_is_cancelled_if_its_client_leaves(server: Running) -> N
     assert server.metric('wanfast_failures_total{code="cancelled"}') == before + 1
 
 
-def test_a_video_of_sync_with_a_key_is_not_cancelled_if_its_client_leaves(server: Running) -> None:
+def test_a_video_of_sync_with_a_key_is_not_cancelled_if_its_client_leaves(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The client may send the request again, and another request may wait for the same video."""
+    monkeypatch.setattr(app, "_LOOK_S", 0.1)
     server.maker.holds.set()
     headers = {"Idempotency-Key": "sync"}
     leave_sync(server, **headers)
@@ -224,7 +228,7 @@ def test_a_video_of_sync_with_a_key_is_not_cancelled_if_its_client_leaves(server
             server.ask, "POST", "/v1/videos/sync", headers=headers, prompt="a", input_reference=picture
         )
         leave_sync(server, **headers)
-        time.sleep(0.7)  # the server notices within half a second that a client has left
+        time.sleep(0.3)  # the server notices within a tenth of a second that a client has left
         server.maker.holds.clear()
         assert waiting.result().status == 200
 
