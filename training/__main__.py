@@ -225,12 +225,13 @@ def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Names
     vae.spec = spec.vae
     digest = hashlib.sha256((options.folder / train_vae.FINISHED).read_bytes()).hexdigest()[:12]
     mix = Mix(options.photographs, options.device)
+    further = 2_000_000 if options.start else 0  # experts that learn on get other clips
+    first = [10_000_000 * (number + 1) + further for number in range(len(kinds))]
 
     def make(number: int, kind: Kind) -> dict[str, Tensor]:
-        first = 10_000_000 * (number + 1) + (2_000_000 if options.start else 0)  # other clips than at the start
-        return vars(train_experts.encode_clips(vae, mix, kind, first))
+        return vars(train_experts.encode_clips(vae, mix, kind, first[number]))
 
-    names = [f"clips-{number}-{kind.clips}-{digest}.pt" for number, kind in enumerate(kinds)]
+    names = [f"clips-{number}-{kind.clips}-{digest}.pt" for number, kind in zip(first, kinds, strict=True)]
     sets = stored(names, kinds, make, options)
     for kind, each in zip(kinds, sets or (), strict=False):
         print(f"experts: {kind.clips} clips, latents {list(each['z'].shape[1:])}", flush=True)

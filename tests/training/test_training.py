@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from argparse import Namespace
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +149,20 @@ def test_the_ways_of_compiling_with_right_gradients_are_chosen(
     monkeypatch.setattr("sys.argv", ["compiled", *ways])
     training.compiled.main()
     assert capsys.readouterr().out == chosen
+
+
+def test_experts_that_learn_on_get_clips_of_their_own_in_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(training_main, "stored", lambda names, *_: asked.append(names))
+    monkeypatch.setattr(train_vae, "load", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(training_main, "Mix", lambda *_: None)
+    (tmp_path / train_vae.FINISHED).write_bytes(b"vae")
+    for start in (None, tmp_path):
+        options = Namespace(folder=tmp_path, device="cpu", photographs=tmp_path, start=start)
+        training_main.encoded_sets(SPEC, train_experts.TOY, options)
+    assert len({*asked[0], *asked[1]}) == 4
 
 
 def test_gradients_are_compared_for_each_kind_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
