@@ -9,7 +9,8 @@ python -m training --folder runs/tiny --stage lora          # a LoRA of each exp
 python -m training --folder /tmp/try --smoke                # every stage with toy sizes, on a CPU
 
 Stages may run on different machines. `experts`, `vae-decoder` and `export` need only FOLDER/vae-finished.pt of the
-VAE's first stages, `export` also needs FOLDER/experts.pt, and `lora` needs only FOLDER/tiny.
+VAE's first stages, `export` also needs the checkpoints of the experts, and `lora` needs only FOLDER/tiny.
+With two GPUs, each expert can learn alone: `--start DIR --learning high_noise` on one GPU and `low_noise` on the other.
 README.md beside this file plans the runs on a GPU.
 """
 
@@ -33,23 +34,25 @@ from training.export import export
 from training.loop import Schedule, load_ema, prepare_torch, steps_made
 from training.photographs import PACK
 from training.spec import SPEC
-from training.train_experts import Clips, Kind, TinyModel
+from training.train_experts import STAGE as EXPERT_STAGE
+from training.train_experts import Clips, Kind, TinyModel, expert_of
 from training.train_lora import STAGE as LORA_STAGE
 from training.train_lora import Paths
 from training.train_vae import DECODER_STAGE, LONG_STAGE, SHORT_STAGE, Windows
 from training.ways import WAYS
 from wanfast.quality.world import camera_scene, draw_scene
+from wanfast.runtime.facts.choices import EXPERTS, Expert
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.builders import build_vae
 
-STAGES = (SHORT_STAGE, LONG_STAGE, "experts", DECODER_STAGE, "export", LORA_STAGE)
+STAGES = (SHORT_STAGE, LONG_STAGE, EXPERT_STAGE, DECODER_STAGE, "export", LORA_STAGE)
 _STEPS = {
     SHORT_STAGE: "short_steps",
     LONG_STAGE: "long_steps",
-    "experts": "expert_steps",
+    EXPERT_STAGE: "expert_steps",
     DECODER_STAGE: "decoder_steps",
     LORA_STAGE: "lora_steps",
 }
@@ -72,10 +75,22 @@ def main() -> None:
         "--start", type=Path, help="model folder whose experts and UMT5 the stage experts trains further"
     )
     parser.add_argument(
+        "--learning", choices=EXPERTS, help="with --start, the only expert that the stage experts trains, without UMT5"
+    )
+    parser.add_argument(
+        "--encode",
+        type=int,
+        nargs="+",
+        choices=range(len(train_experts.KINDS)),
+        help="the stage experts only encodes clips of these formats",
+    )
+    parser.add_argument(
         "--way", choices=WAYS, default="default", help="how to compile the experts; training.compiled compares the ways"
     )
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
+    if options.learning and not options.start:
+        parser.error("--learning needs --start: new experts and UMT5 learn together")
     if options.smoke:
         for name in _STEPS.values():
             setattr(options, name, 4)
@@ -83,7 +98,7 @@ def main() -> None:
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     prepare_torch()
     stages = dict.fromkeys((SHORT_STAGE, LONG_STAGE, DECODER_STAGE), fit_vae)
-    stages |= {"experts": fit_experts, "export": write, LORA_STAGE: fit_lora}
+    stages |= {EXPERT_STAGE: fit_experts, "export": write, LORA_STAGE: fit_lora}
     for stage in sorted(options.stage, key=STAGES.index):
         missing = missing_stage(stage, options)
         if missing:
@@ -97,20 +112,37 @@ def missing_stage(stage: str, options: argparse.Namespace) -> str | None:
     folder = options.folder
     if stage == LONG_STAGE and not is_made(SHORT_STAGE, options):
         return SHORT_STAGE
-    if stage in ("experts", DECODER_STAGE, "export") and not (folder / train_vae.FINISHED).exists():
+    if stage in (EXPERT_STAGE, DECODER_STAGE, "export") and not (folder / train_vae.FINISHED).exists():
         return LONG_STAGE if is_made(SHORT_STAGE, options) else SHORT_STAGE
     if stage == LORA_STAGE:
         return None if (folder / "tiny").exists() else "export"
-    return "experts" if stage == "export" and not is_made("experts", options) else None
+    return EXPERT_STAGE if stage == "export" and not is_made(EXPERT_STAGE, options) else None
 
 
 def is_made(stage: str, options: argparse.Namespace) -> bool:
+    if stage == EXPERT_STAGE:
+        files = list(expert_checkpoints(options.folder).values())
+        if options.learning:
+            files = [options.folder / f"{train_experts.checkpoint_name(options.learning)}.pt"]
+        return all(steps_made(file) >= options.expert_steps for file in files)
     finished, own = options.folder / train_vae.FINISHED, options.folder / f"{stage}.pt"
     if stage in (SHORT_STAGE, LONG_STAGE) and finished.exists():
         return True
     if stage == LONG_STAGE or (stage == DECODER_STAGE and own.exists() and is_newer(own, finished)):
         return False  # interrupted between the last step and the writing of the finished file
     return steps_made(own) >= vars(options)[_STEPS[stage]]
+
+
+def expert_checkpoints(folder: Path) -> dict[Expert, Path]:
+    """Returns the checkpoint of each expert: its own one if it learned alone, or that of both, or that of the other.
+
+    The checkpoint of an expert that learned alone holds the other one as it was at the start.
+    """
+    own: dict[Expert | None, Path] = {
+        name: folder / f"{train_experts.checkpoint_name(name)}.pt" for name in (*EXPERTS, None)
+    }
+    made = [name for name in (None, *EXPERTS) if own[name].exists()] or [None]
+    return {expert: own[expert] if expert in made else own[made[0]] for expert in EXPERTS}
 
 
 def is_newer(file: Path, other: Path) -> bool:
@@ -193,10 +225,12 @@ def measured_spec(folder: Path) -> ModelSpec:
 
 
 def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
-    if options.expert_steps and is_made("experts", options):
+    if options.expert_steps and not options.encode and is_made(EXPERT_STAGE, options):
         return True  # their clips may be of the encoder before `vae-decoder` wrote the file again
     spec = measured_spec(options.folder)
     kinds = train_experts.TOY if options.smoke else train_experts.KINDS
+    if options.encode:
+        return encoded_sets(spec, kinds, options, options.encode) is not None
     order = range(len(kinds)) if options.smoke else train_experts.ORDER
     sets = encoded_sets(spec, kinds, options)
     if sets is None:
@@ -212,12 +246,23 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
     batches = [kind.batch for kind in kinds]
     start = options.start and model_files.locate(str(options.start), "artifacts")
     return train_experts.fit(
-        spec, sets, schedule, options.folder, options.device, batches, order, start=start, way=options.way
+        spec,
+        sets,
+        schedule,
+        options.folder,
+        options.device,
+        batches,
+        order,
+        start=start,
+        learning=options.learning,
+        way=options.way,
     )
 
 
-def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Namespace) -> list[Clips] | None:
-    """Returns the encoded clips of all kinds, from files if they exist.
+def encoded_sets(
+    spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Namespace, only: Sequence[int] | None = None
+) -> list[Clips] | None:
+    """Returns the encoded clips of all kinds, from files if they exist; `only` selects kinds by their numbers.
 
     Returns None if the deadline passes before all are made.
     """
@@ -228,12 +273,14 @@ def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Names
     further = 2_000_000 if options.start else 0  # experts that learn on get other clips
     first = [10_000_000 * (number + 1) + further for number in range(len(kinds))]
 
-    def make(number: int, kind: Kind) -> dict[str, Tensor]:
-        return vars(train_experts.encode_clips(vae, mix, kind, first[number]))
+    chosen = [pair for k, pair in enumerate(zip(first, kinds, strict=True)) if only is None or k in only]
 
-    names = [f"clips-{number}-{kind.clips}-{digest}.pt" for number, kind in zip(first, kinds, strict=True)]
-    sets = stored(names, kinds, make, options)
-    for kind, each in zip(kinds, sets or (), strict=False):
+    def make(index: int, kind: Kind) -> dict[str, Tensor]:
+        return vars(train_experts.encode_clips(vae, mix, kind, chosen[index][0]))
+
+    names = [f"clips-{number}-{kind.clips}-{digest}.pt" for number, kind in chosen]
+    sets = stored(names, [kind for _, kind in chosen], make, options)
+    for (_, kind), each in zip(chosen, sets or (), strict=False):
         print(f"experts: {kind.clips} clips, latents {list(each['z'].shape[1:])}", flush=True)
     return sets and [Clips(**each) for each in sets]
 
@@ -241,7 +288,11 @@ def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Names
 def write(_stage: str, options: argparse.Namespace) -> bool:
     spec = measured_spec(options.folder)
     model = TinyModel(spec).to(options.device)
-    load_ema(model, options.folder / "experts.pt")
+    for expert, file in expert_checkpoints(options.folder).items():
+        trained = TinyModel(spec).to(options.device)
+        load_ema(trained, file)
+        expert_of(model, expert).load_state_dict(expert_of(trained, expert).state_dict())
+        model.umt5 = trained.umt5  # equal in both files
     export(spec, model, train_vae.load(spec.vae, options.folder, options.device), options.folder / "tiny")
     return True
 

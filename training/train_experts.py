@@ -34,6 +34,7 @@ from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store.model_files import TINY, ModelFiles
 from wanfast.runtime.weights.builders import build_expert, build_umt5
 
+STAGE = "experts"
 _DROP = 0.125
 _LAST_GIVEN = 1 / 3
 _MAX_IDS = 40
@@ -148,16 +149,27 @@ def fit(
     order: Sequence[int],
     *,
     start: ModelFiles | None = None,
+    learning: Expert | None = None,
     way: str = "default",
 ) -> bool:
     """Trains on sets of clips, one for each kind; step k takes set `order[k % len(order)]`.
 
-    `start`: the trained model whose experts and UMT5 learn on, or None for new ones. `way`: how blocks are compiled.
+    `start`: the trained model whose experts and UMT5 learn on, or None for new ones. `learning`: the only expert that
+    learns; UMT5 and the other expert then keep the values of `start`. None trains all. `way`: how blocks are compiled.
     """
     model = (trained(start).requires_grad_() if start else TinyModel(spec)).to(device)
+    names = EXPERTS if learning is None else (learning,)
+    if learning is not None:
+        model.requires_grad_(False)
+        expert_of(model, learning).requires_grad_()
     if device == "cuda":
-        compile_blocks((model.high_noise, model.low_noise), way)
-    return train("experts", model, noised(spec, sets, batches, order), flow_loss(model), schedule, folder)
+        compile_blocks([expert_of(model, name) for name in names], way)
+    loss = flow_loss(model, names)
+    return train(checkpoint_name(learning), model, noised(spec, sets, batches, order), loss, schedule, folder)
+
+
+def checkpoint_name(learning: Expert | None) -> str:
+    return STAGE if learning is None else f"{STAGE}-{learning}"
 
 
 def noised(spec: ModelSpec, sets: Sequence[Clips], batches: Sequence[int], order: Sequence[int]) -> DrawFn:
@@ -185,9 +197,14 @@ def noised(spec: ModelSpec, sets: Sequence[Clips], batches: Sequence[int], order
     return draw
 
 
-def flow_loss(model: TinyModel) -> LossFn:
-    """Returns a function of a batch that computes the sum of both experts' mean squared errors of the velocity."""
+def flow_loss(model: TinyModel, names: Sequence[Expert] = EXPERTS) -> LossFn:
+    """Returns a function of a batch that computes the sum of the named experts' mean squared errors of the velocity.
+
+    The batch is one for both experts, whatever the names.
+    """
     tables: dict[torch.Size, RotaryTables] = {}
+    first = EXPERTS.index(names[0])
+    rows = slice(first, first + len(names))
 
     def rope(grid: torch.Size, device: torch.device) -> RotaryTables:
         if grid not in tables:
@@ -198,15 +215,18 @@ def flow_loss(model: TinyModel) -> LossFn:
     def loss(z: Tensor, y: Tensor, noise: Tensor, s: Tensor, ids: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         device = z.device
         terms = {}
+        ids, lengths = (each.unflatten(0, s.shape)[rows].flatten(0, 1) for each in (ids, lengths))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            text = model.text(ids, lengths).unflatten(0, s.shape)
-            for k, (name, expert) in enumerate((("high", model.high_noise), ("low", model.low_noise))):
+            text = model.text(ids, lengths).unflatten(0, (len(names), -1))
+            for name, embeddings in zip(names, text, strict=True):
+                k, expert = EXPERTS.index(name), expert_of(model, name)
                 level = s[k].view(-1, 1, 1, 1, 1)
                 x = (1 - level) * z[k].float() + level * noise[k]
                 timestep = (s[k] * 1000).clamp(max=999).floor()
-                velocity, _ = expert(x, y[k].float(), timestep, expert.encode_text(text[k]), rope(z.shape[3:], device))
-                terms[name] = F.mse_loss(velocity.float(), noise[k] - z[k])
-        return {"loss": terms["high"] + terms["low"], **terms}
+                context = expert.encode_text(embeddings)
+                velocity, _ = expert(x, y[k].float(), timestep, context, rope(z.shape[3:], device))
+                terms[name.removesuffix("_noise")] = F.mse_loss(velocity.float(), noise[k] - z[k])
+        return {"loss": sum(terms.values(), torch.zeros((), device=device)), **terms}
 
     return loss
 

@@ -6,6 +6,7 @@ cause is not known. So `python3 -m training.compiled` compares these ways on the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,7 @@ WAYS = {  # the fastest first, as far as is known
 }
 
 
-def compile_blocks(experts: tuple[nn.Module, ...], way: str) -> None:
+def compile_blocks(experts: Sequence[nn.Module], way: str) -> None:
     """Lets the blocks of experts be compiled, in place; each number of tokens is compiled at its first batch."""
     chosen = WAYS[way]
     if chosen.backend is None:

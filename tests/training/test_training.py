@@ -127,6 +127,23 @@ def test_the_experts_of_a_model_are_trained_further(tmp_path: Path) -> None:
     assert len(final(tmp_path, "experts")["optimizers"][0]["state"]) > 20
 
 
+@pytest.mark.parametrize("alone", EXPERTS)
+def test_an_expert_that_learns_alone_learns_as_with_the_other_one(tmp_path: Path, alone: Expert) -> None:
+    start, sets = train_experts.trained(model_files.locate("tiny", "artifacts")), experts()[1]
+    batch = train_experts.noised(SMALL, sets, (4, 4), (0, 1))(0, torch.Generator().manual_seed(0))
+    term = alone.removesuffix("_noise")
+    both, one = (train_experts.flow_loss(start, names)(*batch) for names in (EXPERTS, (alone,)))
+    assert one.keys() == {"loss", term}
+    assert torch.allclose(one["loss"], both[term], rtol=1e-6)
+
+    schedule = Schedule(steps=2, muon_rate=1e-3, warmup=1)
+    files = model_files.locate("tiny", "artifacts")
+    assert train_experts.fit(files.spec, sets, schedule, tmp_path, "cpu", (2, 1), (0, 1), start=files, learning=alone)
+    learned = final(tmp_path, f"experts-{alone}")["network"]
+    changed = {name.split(".")[0] for name, value in start.state_dict().items() if not equal(learned[name], value)}
+    assert changed == {alone}
+
+
 @pytest.mark.parametrize(
     ("ways", "chosen"),
     [
@@ -365,6 +382,21 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
     assert call("--stage", "export") is None  # needs only what moves between machines, and the experts
     assert model_files.locate(str(tmp_path / "tiny"), "artifacts").exists
     assert {file.stem for file in (tmp_path / "tiny/loras/lightning-4").iterdir()} == {"high_noise", "low_noise"}
+
+    further = ("--stage", "experts", "--start", str(tmp_path / "tiny"))
+    assert call("--stage", "experts", "--learning", "high_noise") == 2  # new experts learn together
+    assert call(*further, "--encode", "1") is None
+    assert [file.name.split("-")[1] for file in tmp_path.glob("clips-*.pt")] == ["22000000"]
+    for alone in EXPERTS:
+        before = {name: build_expert(files_of(tmp_path), name, "fp32", Ranks("cpu")).state_dict() for name in EXPERTS}
+        assert call(*further, "--learning", alone) is None
+        assert call("--stage", "export") is None
+        after = {name: build_expert(files_of(tmp_path), name, "fp32", Ranks("cpu")).state_dict() for name in EXPERTS}
+        assert {name for name in EXPERTS if not equal(dict(before[name]), dict(after[name]))} == {alone}
+
+
+def files_of(folder: Path) -> model_files.ModelFiles:
+    return model_files.locate(str(folder / "tiny"), "artifacts")
 
 
 def test_all_graphs_write_the_gradients_that_the_optimizers_read() -> None:

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -253,8 +254,10 @@ def shown(mover: Mover, scene: Scene, frames: npt.NDArray[np.uint8]) -> str | No
 _judge: Judge | None = None
 
 
-def _start(settings: Settings) -> None:
+def _start(settings: Settings, gpus: SimpleQueue[int]) -> None:
     global _judge
+    if settings.device == "cuda":
+        torch.cuda.set_device(gpus.get())
     _judge = Judge(settings)
 
 
@@ -269,11 +272,14 @@ def judge_all(
 ) -> list[R]:
     """Returns `judged(judge, task)` for each task, in order.
 
-    The tasks run in `processes` worker processes, and each process has its own judge. `every`: the number of
-    finished tasks between two printed lines of progress.
+    The tasks run in `processes` worker processes, and each process has its own judge. On GPUs, the processes share all
+    GPUs of the machine. `every`: the number of finished tasks between two printed lines of progress.
     """
-    started, results = time.perf_counter(), []
-    with multiprocessing.get_context("spawn").Pool(processes, _start, (settings,)) as pool:
+    started, results, context = time.perf_counter(), [], multiprocessing.get_context("spawn")
+    gpus: SimpleQueue[int] = context.SimpleQueue()
+    for process in range(processes):
+        gpus.put(process % max(1, torch.cuda.device_count()))
+    with context.Pool(processes, _start, (settings, gpus)) as pool:
         for result in pool.imap(_work, [(judged, task) for task in tasks]):
             results.append(result)
             if len(results) % every == 0:
