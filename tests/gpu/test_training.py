@@ -16,7 +16,8 @@ from tests.training.test_training import equal, final
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-# The true sizes, batches and compiled blocks of `python -m training`, on random latents; "cut" after 22 of 60 steps.
+# The true sizes and batches of `python -m training`, on random latents; "cut" after 22 of 60 steps. The VAE's blocks are
+# compiled; the experts' are not, because their compiled gradients are wrong now and then (LOG.md).
 PIECE = """
 import itertools, sys
 from dataclasses import replace
@@ -40,7 +41,7 @@ folder.mkdir(exist_ok=True)
 if stage == "experts":
     sets = [random_clips(kind, "cuda") for kind in train_experts.KINDS]
     batches = [kind.batch for kind in train_experts.KINDS]
-    train_experts.fit(SPEC, sets, schedule, folder, "cuda", batches, train_experts.ORDER)
+    train_experts.fit(SPEC, sets, schedule, folder, "cuda", batches, train_experts.ORDER, way="none")
 else:
     mix = Mix(write_pack(folder / "photographs.zip"), "cuda")
     kinds = [replace(kind, count=40) for kind in (train_vae.SHORT if stage == "vae-short" else train_vae.LONG)]
