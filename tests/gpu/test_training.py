@@ -16,8 +16,8 @@ from tests.training.test_training import equal, final
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-# The true sizes and batches of `python -m training`, on random latents; "cut" after 22 of 60 steps. The VAE's blocks are
-# compiled; the experts' are not, because their compiled gradients are wrong now and then (LOG.md).
+# The true sizes and batches of `python -m training`, on random latents; "cut" after 22 of 60 steps. The VAE is
+# compiled; the experts are not, because their compiled gradients are wrong now and then (LOG.md).
 PIECE = """
 import itertools, sys
 from dataclasses import replace
