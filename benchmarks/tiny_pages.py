@@ -238,7 +238,8 @@ def lossy(results: Results) -> list[str]:
         found = [(row["way"], row["asked_density"]) for row in results.value("tiny-attention", "rows")]
         psnr = results.shown("tiny-attention", f"rows/{found.index((way, density))}/psnr_dense", ".1f dB")
         compared = f"{psnr} to dense attention, {results.value('tiny-attention', 'pairs')} pairs[^tiny]"
-        rows.append([f"`--attention {option}`", "not measured", "", compared])
+        gain = results.shown("lossy-h200", f"guards/bf16 linears, {option.split()[0].removeprefix('fa3-')}/ratio", ".3f")
+        rows.append([f"`--attention {option}`", gain, "", compared])
     gain = results.ratio("vae-h200", "seconds/decode bf16", "seconds/decode tf32", ".3f")
     psnr = results.shown("tiny-lossy", "decoder_bf16_psnr", ".1f dB")
     name = "`--vae-precision bf16`, the default, compared with `fp32`"
