@@ -39,7 +39,6 @@ from training.train_experts import Clips, Kind, TinyModel, expert_of
 from training.train_lora import STAGE as LORA_STAGE
 from training.train_lora import Paths
 from training.train_vae import DECODER_STAGE, LONG_STAGE, SHORT_STAGE, Windows
-from training.ways import WAYS
 from wanfast.quality.world import camera_scene, draw_scene
 from wanfast.runtime.facts.choices import EXPERTS, Expert
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -72,7 +71,7 @@ def main() -> None:
     parser.add_argument("--decoder-steps", type=int, default=9_000)
     parser.add_argument("--lora-steps", type=int, default=12_000)
     parser.add_argument(
-        "--start", type=Path, help="model folder whose experts and UMT5 the stage experts trains further"
+        "--start", type=Path, help="model folder, or tiny: the stage experts trains its experts further, on its VAE"
     )
     parser.add_argument(
         "--learning", choices=EXPERTS, help="with --start, the only expert that the stage experts trains, without UMT5"
@@ -84,9 +83,6 @@ def main() -> None:
         choices=range(len(train_experts.KINDS)),
         help="the stage experts only encodes clips of these formats",
     )
-    parser.add_argument(
-        "--way", choices=WAYS, default="default", help="how to compile the experts; training.compiled compares the ways"
-    )
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
     if options.learning and not options.start:
@@ -97,6 +93,8 @@ def main() -> None:
     options.deadline = monotonic() + options.minutes * 60
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     prepare_torch()
+    if options.start and not (options.folder / train_vae.FINISHED).exists():
+        train_vae.take(started(options), options.folder)
     stages = dict.fromkeys((SHORT_STAGE, LONG_STAGE, DECODER_STAGE), fit_vae)
     stages |= {EXPERT_STAGE: fit_experts, "export": write, LORA_STAGE: fit_lora}
     for stage in sorted(options.stage, key=STAGES.index):
@@ -244,7 +242,7 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
         ema=0.9995,
     )
     batches = [kind.batch for kind in kinds]
-    start = options.start and model_files.locate(str(options.start), "artifacts")
+    start = started(options) if options.start else None
     return train_experts.fit(
         spec,
         sets,
@@ -255,8 +253,11 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
         order,
         start=start,
         learning=options.learning,
-        way=options.way,
     )
+
+
+def started(options: argparse.Namespace) -> ModelFiles:
+    return model_files.locate(str(options.start), "artifacts")
 
 
 def encoded_sets(

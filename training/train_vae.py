@@ -35,6 +35,8 @@ from wanfast.runtime.models.vae import (
     latent_statistics,
 )
 from wanfast.runtime.models.vae_fused import upsample
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.weights.builders import build_vae
 
 # Training does not normalise latents; `measure_latents` measures their mean and standard deviation afterwards.
 PLAIN = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
@@ -203,6 +205,15 @@ def finish(spec: VAESpec, mix: Mix, folder: Path, clips: int) -> None:
     measured = measure_latents(vae, mix, clips)
     facts = {"latents_mean": measured.latents_mean, "latents_std": measured.latents_std}
     torch.save({**weights, **facts}, folder / FINISHED)
+
+
+def take(files: ModelFiles, folder: Path) -> None:
+    """Writes the VAE of a trained model, and its latents' statistics, to FOLDER/vae-finished.pt."""
+    weights = [parameter.detach().bfloat16() for parameter in build_vae(files, "cpu").parameters()]
+    spec = files.spec.vae
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"latents_mean": spec.latents_mean, "latents_std": spec.latents_std}
+    torch.save({"ema": weights, **facts}, folder / FINISHED)
 
 
 def finish_decoder(folder: Path) -> None:

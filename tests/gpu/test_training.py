@@ -13,11 +13,21 @@ import pytest
 import torch
 
 from tests.training.test_training import equal, final
+from training.train_experts import Clips, Kind
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-# The true sizes and batches of `python -m training`, on random latents; "cut" after 22 of 60 steps. The VAE is
-# compiled; the experts are not, because their compiled gradients are wrong now and then (LOG.md).
+
+def random_clips(kind: Kind, device: str, count: int = 64) -> Clips:
+    """Returns clips of random latents and random captions, of the sizes of a kind."""
+    generator = torch.Generator().manual_seed(0)
+    T, (w, h) = (kind.form.frames + 3) // 4, (side // 8 for side in kind.form.size)
+    z, y = (torch.randn(count, c, T, h, w, generator=generator).bfloat16().to(device) for c in (16, 20))
+    ids = torch.randint(3, 900, (count + 1, 40), generator=generator).to(device)
+    return Clips(z, y, ids, torch.randint(5, 40, (count + 1,), generator=generator).to(device))
+
+
+# The true sizes and batches of `python -m training`, on random latents; "cut" after 22 of 60 steps.
 PIECE = """
 import itertools, sys
 from dataclasses import replace
@@ -27,7 +37,7 @@ import training.loop
 from tests.small_pack import write_pack
 from training import train_experts, train_vae
 from training.clips import Mix
-from training.compiled import random_clips
+from tests.gpu.test_training import random_clips
 from training.spec import SPEC
 
 stage, piece, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -41,7 +51,7 @@ folder.mkdir(exist_ok=True)
 if stage == "experts":
     sets = [random_clips(kind, "cuda") for kind in train_experts.KINDS]
     batches = [kind.batch for kind in train_experts.KINDS]
-    train_experts.fit(SPEC, sets, schedule, folder, "cuda", batches, train_experts.ORDER, way="none")
+    train_experts.fit(SPEC, sets, schedule, folder, "cuda", batches, train_experts.ORDER)
 else:
     mix = Mix(write_pack(folder / "photographs.zip"), "cuda")
     kinds = [replace(kind, count=40) for kind in (train_vae.SHORT if stage == "vae-short" else train_vae.LONG)]

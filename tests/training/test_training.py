@@ -11,7 +11,6 @@ from copy import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 import training.__main__ as training_main
-import training.compiled
 import training.loop
 from tests.small_pack import write_pack
 from training import plot, train_experts, train_lora, train_vae
@@ -144,30 +142,6 @@ def test_an_expert_that_learns_alone_learns_as_with_the_other_one(tmp_path: Path
     assert changed == {alone}
 
 
-@pytest.mark.parametrize(
-    ("ways", "chosen"),
-    [
-        ({"default": [0.02, 0.3], "timed": [0.02, 0.03], "no_fusion": [0.0]}, "timed\nno_fusion\n"),
-        ({"default": [math.nan], "timed": None}, ""),
-    ],
-)
-def test_the_ways_of_compiling_with_right_gradients_are_chosen(
-    ways: dict[str, list[float] | None],
-    chosen: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def run(command: list[str], **options: object) -> CompletedProcess[str]:
-        found = ways[command[3]]
-        text = json.dumps({"way": command[3], "differences": found}) + "\n" if found else ""
-        return CompletedProcess(command, 0 if found else 1, text)
-
-    monkeypatch.setattr(training.compiled.subprocess, "run", run)
-    monkeypatch.setattr("sys.argv", ["compiled", *ways])
-    training.compiled.main()
-    assert capsys.readouterr().out == chosen
-
-
 def test_experts_that_learn_on_get_clips_of_their_own_in_the_same_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,10 +156,12 @@ def test_experts_that_learn_on_get_clips_of_their_own_in_the_same_folder(
     assert len({*asked[0], *asked[1]}) == 4
 
 
-def test_gradients_are_compared_for_each_kind_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.compiled, "_BATCHES", 2)
-    for line, kind in zip(training.compiled.compare("none", train_experts.TOY), train_experts.TOY, strict=True):
-        assert line["differences"] == [0.0] * 2 and line["clips"] == kind.batch
+def test_experts_learn_on_with_the_vae_of_their_model(tmp_path: Path) -> None:
+    tiny = model_files.locate("tiny", "artifacts")
+    train_vae.take(tiny, tmp_path / "new")
+    assert train_vae.finished(SPEC.vae, tmp_path / "new") == tiny.spec.vae
+    taken = train_vae.load(SPEC.vae, tmp_path / "new", "cpu").state_dict()
+    assert equal(dict(taken), dict(build_vae(tiny, "cpu").state_dict()))
 
 
 @pytest.mark.parametrize("stage", ["vae-short", "vae-long", "experts", "lora"])
@@ -450,7 +426,10 @@ def test_a_plot_has_a_line_for_each_shape_of_batches(tmp_path: Path) -> None:
     # sets 0, 1, 1 in turn, of batches 2, 1 and 1 for each of two experts
     shapes = {label.split()[1]: steps for label, (steps, _) in lines.items() if label.startswith("high")}
     assert shapes == {"2x2x16x2x4x4": [0, 3], "2x1x16x2x4x6": [1, 2]}
-    assert plot.plot(tmp_path).stat().st_size > 1000
+    one = plot.plot(tmp_path).stat().st_size
+    alone = [json.dumps({"step": step, "batch": [1], "high": 0.5}) for step in range(3)]
+    (tmp_path / "experts-high_noise.jsonl").write_text("\n".join(alone))
+    assert plot.plot(tmp_path).stat().st_size > one > 1000
 
 
 def test_losses_fall(tmp_path: Path) -> None:
