@@ -81,7 +81,7 @@ def main() -> None:
         type=int,
         nargs="+",
         choices=range(len(train_experts.KINDS)),
-        help="the stage experts only encodes clips of these formats",
+        help="the stages experts and lora only make clips or paths of these formats, and end",
     )
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
@@ -227,12 +227,10 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
         return True  # their clips may be of the encoder before `vae-decoder` wrote the file again
     spec = measured_spec(options.folder)
     kinds = train_experts.TOY if options.smoke else train_experts.KINDS
-    if options.encode:
-        return encoded_sets(spec, kinds, options, options.encode) is not None
     order = range(len(kinds)) if options.smoke else train_experts.ORDER
     sets = encoded_sets(spec, kinds, options)
-    if sets is None:
-        return False
+    if options.encode or sets is None:
+        return sets is not None
     schedule = Schedule(
         steps=options.expert_steps,
         muon_rate=0.02,
@@ -260,10 +258,13 @@ def started(options: argparse.Namespace) -> ModelFiles:
     return model_files.locate(str(options.start), "artifacts")
 
 
-def encoded_sets(
-    spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Namespace, only: Sequence[int] | None = None
-) -> list[Clips] | None:
-    """Returns the encoded clips of all kinds, from files if they exist; `only` selects kinds by their numbers.
+def chosen(kinds: Sequence[Kind], options: argparse.Namespace) -> dict[int, Kind]:
+    """Returns the kinds of which this call makes clips or paths, by their numbers: those of --encode, or all."""
+    return {number: kind for number, kind in enumerate(kinds) if not options.encode or number in options.encode}
+
+
+def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Namespace) -> list[Clips] | None:
+    """Returns the encoded clips of the `chosen` kinds, from files if they exist.
 
     Returns None if the deadline passes before all are made.
     """
@@ -272,16 +273,14 @@ def encoded_sets(
     digest = hashlib.sha256((options.folder / train_vae.FINISHED).read_bytes()).hexdigest()[:12]
     mix = Mix(options.photographs, options.device)
     further = 2_000_000 if options.start else 0  # experts that learn on get other clips
-    first = [10_000_000 * (number + 1) + further for number in range(len(kinds))]
-
-    chosen = [pair for k, pair in enumerate(zip(first, kinds, strict=True)) if only is None or k in only]
+    first = {10_000_000 * (number + 1) + further: kind for number, kind in chosen(kinds, options).items()}
 
     def make(index: int, kind: Kind) -> dict[str, Tensor]:
-        return vars(train_experts.encode_clips(vae, mix, kind, chosen[index][0]))
+        return vars(train_experts.encode_clips(vae, mix, kind, list(first)[index]))
 
-    names = [f"clips-{number}-{kind.clips}-{digest}.pt" for number, kind in chosen]
-    sets = stored(names, [kind for _, kind in chosen], make, options)
-    for (_, kind), each in zip(chosen, sets or (), strict=False):
+    names = [f"clips-{number}-{kind.clips}-{digest}.pt" for number, kind in first.items()]
+    sets = stored(names, list(first.values()), make, options)
+    for kind, each in zip(first.values(), sets or (), strict=False):
         print(f"experts: {kind.clips} clips, latents {list(each['z'].shape[1:])}", flush=True)
     return sets and [Clips(**each) for each in sets]
 
@@ -304,7 +303,9 @@ def fit_lora(_stage: str, options: argparse.Namespace) -> bool:
     kinds = train_experts.TOY if options.smoke else train_lora.KINDS
     sets = paths_of(files, model, kinds, options)
     schedule = Schedule(steps=options.lora_steps, muon_rate=5e-3, deadline=options.deadline, ema=0.9995)
-    if sets is None or not train_lora.fit(model, sets, schedule, options.folder, [kind.batch for kind in kinds]):
+    if options.encode or sets is None:
+        return sets is not None
+    if not train_lora.fit(model, sets, schedule, options.folder, [kind.batch for kind in kinds]):
         return False
     train_lora.export(model, options.folder, options.folder / "tiny/loras" / train_lora.RECIPE)
     return True
@@ -313,17 +314,20 @@ def fit_lora(_stage: str, options: argparse.Namespace) -> bool:
 def paths_of(
     files: ModelFiles, model: TinyModel, kinds: Sequence[Kind], options: argparse.Namespace
 ) -> list[Paths] | None:
-    """Returns the teacher's paths of all kinds, from files if they exist.
+    """Returns the teacher's paths of the `chosen` kinds, from files if they exist.
 
     Returns None if the deadline passes before all are made.
     """
     vae, mix = build_vae(files, options.device), Mix(options.photographs, options.device)
 
-    def make(number: int, kind: Kind) -> dict[str, Tensor]:
+    made = chosen(kinds, options)
+
+    def make(index: int, kind: Kind) -> dict[str, Tensor]:
+        number = list(made)[index]
         clips = train_experts.encode_clips(vae, mix, kind, 10_000_000 * (number + 1) + 5_000_000)
         return vars(train_lora.paths(model, clips, kind.batch, number))
 
-    sets = stored([f"lora-paths-{number}.pt" for number in range(len(kinds))], kinds, make, options)
+    sets = stored([f"lora-paths-{number}.pt" for number in made], list(made.values()), make, options)
     return sets and [Paths(**each) for each in sets]
 
 

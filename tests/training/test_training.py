@@ -151,7 +151,7 @@ def test_experts_that_learn_on_get_clips_of_their_own_in_the_same_folder(
     monkeypatch.setattr(training_main, "Mix", lambda *_: None)
     (tmp_path / train_vae.FINISHED).write_bytes(b"vae")
     for start in (None, tmp_path):
-        options = Namespace(folder=tmp_path, device="cpu", photographs=tmp_path, start=start)
+        options = Namespace(folder=tmp_path, device="cpu", photographs=tmp_path, start=start, encode=None)
         training_main.encoded_sets(SPEC, train_experts.TOY, options)
     assert len({*asked[0], *asked[1]}) == 4
 
@@ -363,6 +363,9 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
     assert call("--stage", "experts", "--learning", "high_noise") == 2  # new experts learn together
     assert call(*further, "--encode", "1") is None
     assert [file.name.split("-")[1] for file in tmp_path.glob("clips-*.pt")] == ["22000000"]
+    paths = [file.unlink() or file.name for file in sorted(tmp_path.glob("lora-paths-*.pt"))]
+    assert call("--stage", "lora", "--encode", "1") is None
+    assert [file.name for file in tmp_path.glob("lora-paths-*.pt")] == [paths[1]] == ["lora-paths-1.pt"]
     for alone in EXPERTS:
         before = {name: build_expert(files_of(tmp_path), name, "fp32", Ranks("cpu")).state_dict() for name in EXPERTS}
         assert call(*further, "--learning", alone) is None
