@@ -1,7 +1,7 @@
 """Trains the tiny model, all stages or one stage at a time, after `python -m training.photographs`.
 
-until python -m training --folder runs/tiny; do :; done     # all stages, in calls of about eight minutes on one GPU
-python -m training --folder runs/tiny --stage vae-short vae-long   # repeat each command until it returns 0
+while python -m training --folder runs/tiny; test $? = 75; do :; done   # all stages, in calls of about eight minutes
+python -m training --folder runs/tiny --stage vae-short vae-long   # repeat each command while it returns 75
 python -m training --folder runs/tiny --stage experts             # clips are encoded first, then the experts learn
 python -m training --folder runs/tiny --stage vae-decoder         # the decoder again; latents and experts stay valid
 python -m training --folder runs/tiny --stage export              # the model folder, FOLDER/tiny
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -42,6 +43,7 @@ from training.train_vae import DECODER_STAGE, LONG_STAGE, SHORT_STAGE, Windows
 from wanfast.quality.world import camera_scene, draw_scene
 from wanfast.runtime.facts.choices import EXPERTS, Expert
 from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import ModelFiles
@@ -55,6 +57,9 @@ _STEPS = {
     DECODER_STAGE: "decoder_steps",
     LORA_STAGE: "lora_steps",
 }
+
+
+_UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h; a fault ends with 1
 
 
 def main() -> None:
@@ -80,13 +85,14 @@ def main() -> None:
         "--encode",
         type=int,
         nargs="+",
-        choices=range(len(train_experts.KINDS)),
         help="the stages experts and lora only make clips or paths of these formats, and end",
     )
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
     if options.learning and not options.start:
         parser.error("--learning needs --start: new experts and UMT5 learn together")
+    if set(options.stage) != {"export"} and not options.photographs.exists():
+        parser.error(f"--photographs {options.photographs} does not exist: run python -m training.photographs")
     if options.smoke:
         for name in _STEPS.values():
             setattr(options, name, 4)
@@ -102,7 +108,8 @@ def main() -> None:
         if missing:
             sys.exit(f"--stage {stage} needs the finished --stage {missing}: run --stage {missing} first")
         if not stages[stage](stage, options):
-            sys.exit(f"--stage {stage} is not finished: run the same command again")
+            print(f"--stage {stage} is not finished: run the same command again", file=sys.stderr)
+            sys.exit(_UNFINISHED)
 
 
 def missing_stage(stage: str, options: argparse.Namespace) -> str | None:
@@ -132,14 +139,14 @@ def is_made(stage: str, options: argparse.Namespace) -> bool:
 
 
 def expert_checkpoints(folder: Path) -> dict[Expert, Path]:
-    """Returns the checkpoint of each expert: its own one if it learned alone, or that of both, or that of the other.
+    """Returns the checkpoint of each expert: its own one if it learned alone, or that of the other, or that of both.
 
     The checkpoint of an expert that learned alone holds the other one as it was at the start.
     """
     own: dict[Expert | None, Path] = {
         name: folder / f"{train_experts.checkpoint_name(name)}.pt" for name in (*EXPERTS, None)
     }
-    made = [name for name in (None, *EXPERTS) if own[name].exists()] or [None]
+    made = [name for name in (*EXPERTS, None) if own[name].exists()] or [None]
     return {expert: own[expert] if expert in made else own[made[0]] for expert in EXPERTS}
 
 
@@ -258,8 +265,17 @@ def started(options: argparse.Namespace) -> ModelFiles:
     return model_files.locate(str(options.start), "artifacts")
 
 
+def _further(start: ModelFiles) -> int:
+    """Returns a number of scenes to skip: experts that learn on get other clips than those that they have seen."""
+    number = int(hashlib.sha256(json.dumps(start.fingerprints, sort_keys=True).encode()).hexdigest(), 16)
+    return 1_000_000 + number % 150 * 20_000  # no kind has so many clips
+
+
 def chosen(kinds: Sequence[Kind], options: argparse.Namespace) -> dict[int, Kind]:
     """Returns the kinds of which this call makes clips or paths, by their numbers: those of --encode, or all."""
+    unknown = set(options.encode or ()) - set(range(len(kinds)))
+    if unknown and not options.smoke:  # which has only two formats
+        sys.exit(f"--encode {min(unknown)}: this stage has the formats 0 to {len(kinds) - 1}")
     return {number: kind for number, kind in enumerate(kinds) if not options.encode or number in options.encode}
 
 
@@ -270,9 +286,10 @@ def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Names
     """
     vae = train_vae.load(spec.vae, options.folder, options.device)
     vae.spec = spec.vae
-    digest = hashlib.sha256((options.folder / train_vae.FINISHED).read_bytes()).hexdigest()[:12]
+    made_of = (options.folder / train_vae.FINISHED).read_bytes() + clips.MIX.encode()
+    digest = hashlib.sha256(made_of).hexdigest()[:12]
     mix = Mix(options.photographs, options.device)
-    further = 2_000_000 if options.start else 0  # experts that learn on get other clips
+    further = _further(started(options)) if options.start else 0
     first = {10_000_000 * (number + 1) + further: kind for number, kind in chosen(kinds, options).items()}
 
     def make(index: int, kind: Kind) -> dict[str, Tensor]:
@@ -287,12 +304,15 @@ def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Names
 
 def write(_stage: str, options: argparse.Namespace) -> bool:
     spec = measured_spec(options.folder)
-    model = TinyModel(spec).to(options.device)
+    model, texts = TinyModel(spec).to(options.device), list[UMT5Encoder]()
     for expert, file in expert_checkpoints(options.folder).items():
         trained = TinyModel(spec).to(options.device)
         load_ema(trained, file)
         expert_of(model, expert).load_state_dict(expert_of(trained, expert).state_dict())
-        model.umt5 = trained.umt5  # equal in both files
+        texts.append(trained.umt5)
+    if any(not torch.equal(*pair) for pair in zip(*(text.parameters() for text in texts), strict=True)):
+        sys.exit("the experts learned with different text encoders: train both with the same --start, or both together")
+    model.umt5 = texts[0]
     export(spec, model, train_vae.load(spec.vae, options.folder, options.device), options.folder / "tiny")
     return True
 

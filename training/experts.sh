@@ -20,22 +20,26 @@ learn() { # NAME of the checkpoint, seconds a step, OPTION...
   [ -e "$folder/$1.steps" ] || steps "$experts_end" 45 "$2" > "$folder/$1.steps"
   train --stage experts --expert-steps "$(cat "$folder/$1.steps")" "${@:3}"
 }
+ended() { [ "$1" = 0 ] || [ "$1" = 75 ] || exit "$1"; } # an unfinished stage is exported too, but not a failed one
+both() { # two COMMANDs at the same time
+  $1 &
+  first=$!
+  $2
+  second=$?
+  wait $first || ended $?
+  ended $second
+}
 on() { CUDA_VISIBLE_DEVICES=$1 "${@:2}"; } # GPU, COMMAND...
 
 limit=$experts_end
 mkdir -p "$folder"
 if [[ " ${options[*]} " == *" --start "* && $(nvidia-smi -L 2>&1 | grep -c UUID) -ge 2 ]]; then
-  on 0 train --stage experts --encode 0 1 2 4 & # half of the work on each GPU
-  on 1 train --stage experts --encode 3 5
-  wait
-  on 0 learn experts-high_noise 0.0282 --learning high_noise &
-  on 1 learn experts-low_noise 0.0282 --learning low_noise
-  wait
+  both "on 0 train --stage experts --encode 0 1 2 4" "on 1 train --stage experts --encode 3 5" # half of the work each
+  both "on 0 learn experts-high_noise 0.0282 --learning high_noise" "on 1 learn experts-low_noise 0.0282 --learning low_noise"
 else
-  train --stage experts --encode 0 1 2 3 4 5
-  learn experts 0.0565
+  train --stage experts --encode 0 1 2 3 4 5 || exit
+  learn experts 0.0565 || ended $?
 fi
 limit=$((end + 60))
-train --stage export --expert-steps 1 # also of an unfinished stage
-[ "$end" -gt "$experts_end" ] || exit 0
-train --stage vae-decoder --decoder-steps "$(steps "$end" 75 0.042)" && train --stage export --expert-steps 1
+train --stage export --expert-steps 1 || exit
+[ "$end" -eq "$experts_end" ] || { train --stage vae-decoder --decoder-steps "$(steps "$end" 75 0.042)" && train --stage export --expert-steps 1; }

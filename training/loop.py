@@ -6,7 +6,7 @@ over the last share `decay` of the steps.
 Kernel launches, not the GPU, limit the speed of networks this small. So forward and backward are captured as a CUDA
 graph, one for each shape of batches, and replayed. The VAE is also compiled. Compiled blocks of the experts have given
 wrong gradients in some batches, without an error (LOG.md). So the first batches of each shape are also computed without
-compilation, and the gradients compared.
+a graph and without compilation, and the gradients compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from training.muon import Muon
 _NO_MATRICES = ("norm", "modulation", "token_embedding", "pos_embedding", "head.head", "noise.up.")  # or zero at first
 _MAX_NORM = 1000.0  # before clipping; a healthy stage has 0.2 to 30
 _COMPARED = 12  # batches of each shape; faults depend on the data, and one batch may miss them
-MAX_DIFFERENCE = 0.25  # relative, of the gradients with and without compilation; bf16 alone gives a few percent
+_MAX_DIFFERENCE = 0.25  # relative, of the gradients with and without compilation; bf16 alone gives a few percent
 Batch = tuple[Tensor, ...]
 DrawFn = Callable[[int, torch.Generator], Batch]  # (step, generator) -> batch
 LossFn = Callable[..., dict[str, Tensor]]  # batch -> named terms; "loss" is minimised
@@ -197,16 +197,16 @@ def require_as_uncompiled(gradients: list[Tensor], compute: Callable[[], object]
     found = [gradient.clone() for gradient in gradients]
     with torch.compiler.set_stance("force_eager"):
         compute()
-    difference = relative_difference(found, gradients)
+    difference = _relative_difference(found, gradients)
     torch._foreach_copy_(gradients, found)
-    if not difference <= MAX_DIFFERENCE:
+    if not difference <= _MAX_DIFFERENCE:
         raise RuntimeError(
-            f"the compiled gradients differ by {difference:.0%} from those without compilation: a kernel is wrong; "
-            "train without compilation, with TORCH_COMPILE_DISABLE=1"
+            f"the gradients differ by {difference:.0%} from those without a CUDA graph and without compilation: a "
+            "kernel is wrong; for a stage of the VAE, try TORCH_COMPILE_DISABLE=1, which compiles nothing"
         )
 
 
-def relative_difference(found: list[Tensor], gradients: list[Tensor]) -> float:
+def _relative_difference(found: list[Tensor], gradients: list[Tensor]) -> float:
     """Returns the norm of all differences together, divided by the norm of all `gradients`."""
     difference, norm = (
         torch.stack(torch._foreach_norm(each)).norm() for each in (torch._foreach_sub(found, gradients), gradients)
