@@ -1,4 +1,4 @@
-"""These Triton kernels implement the functions of `fused`: each program instance loads one row of d values, only once.
+"""These Triton kernels implement the functions of `fused`: each program instance loads rows of d values, only once.
 
 At d = 5120 a row is padded to 8192 lanes; the lanes beyond d read and write nothing. The kernels are memory-bound: they
 reach 2.7 of an H100's 3.35 TB/s (LOG.md). For compiled blocks, `make_operators` registers each kernel as an operator of
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from wanfast.runtime.models.tokens import LARGEST
 
+_ROWS = 8  # of a program of `heads_to_fp8`
+_LEAST_DOT = 16  # rows that a product on tensor cores needs
 wrap_triton: Callable[[Any], Any] = lambda kernel: kernel  # noqa: E731 - torch's own after `make_operators`
 
 
@@ -123,10 +125,11 @@ def heads_to_fp8(
     matrix, and x - centre. A step is left out if its argument is None or False. `centre` is [H, D]. x may be a column
     slice of a larger tensor.
     """
-    d, head_dim = x.shape[-1], x.shape[-1] // scale.numel()
+    d, heads = x.shape[-1], scale.numel()
     assert x.stride(-1) == 1, "the values of a row must be adjacent"
     out = torch.empty((parts, *x.shape[:-1], d // parts), dtype=torch.float8_e4m3fn, device=x.device)
-    wrap_triton(_heads_to_fp8)[_grid(x)](
+    (rows,) = _grid(x)
+    wrap_triton(_heads_to_fp8)[(triton.cdiv(rows, _ROWS),)](
         x,
         x.stride(-2),
         scale.contiguous(),
@@ -135,17 +138,18 @@ def heads_to_fp8(
         scale if cos is None else cos,
         scale if sin is None else sin,
         out,
+        rows,
         eps=eps,
         d=d,
-        HEAD_DIM=head_dim,
+        HEADS=max(_LEAST_DOT, triton.next_power_of_2(heads)),
+        HEAD_DIM=d // heads,
         NORMED=weight is not None,
         ROTATED=cos is not None,
-        STAGES=head_dim.bit_length() - 1 if hadamard else 0,
-        ROOT=head_dim**-0.5,
+        HADAMARD=hadamard,
         CENTRED=centre is not None,
         PARTS=parts,
-        BLOCK=triton.next_power_of_2(d),
-        num_warps=8,
+        ROWS=_ROWS,
+        num_warps=4,
     )
     return out
 
@@ -214,12 +218,12 @@ def _rms_norm_rotate(
     eps: tl.constexpr, d: tl.constexpr, PAIRS_A_HEAD: tl.constexpr, ROTATED: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    lanes = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * stride + lanes, lanes < d, 0.0).to(tl.float32)
+    row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride + lanes, lanes < d, 0.0).to(tl.float32)
     x = _rms_normed(x, weight_ptr, eps, d, BLOCK)
     if ROTATED:
-        x = _rotated(x, cos_ptr, sin_ptr, PAIRS_A_HEAD, BLOCK)
-    _store_heads(x, out_ptr, d, PARTS, BLOCK)
+        x = _rotated(x, row, cos_ptr, sin_ptr, PAIRS_A_HEAD, BLOCK)
+    _store_heads(x, row, tl.num_programs(0), out_ptr, d, PARTS, BLOCK)
 
 
 @triton.jit
@@ -229,54 +233,63 @@ def _rms_normed(x, weight_ptr, eps: tl.constexpr, d: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _rotated(x, cos_ptr, sin_ptr, PAIRS_A_HEAD: tl.constexpr, BLOCK: tl.constexpr):
+def _rotated(x, row, cos_ptr, sin_ptr, PAIRS_A_HEAD: tl.constexpr, BLOCK: tl.constexpr):
     even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
-    pairs = tl.program_id(0).to(tl.int64) * PAIRS_A_HEAD + tl.arange(0, BLOCK // 2) % PAIRS_A_HEAD
+    pairs = row * PAIRS_A_HEAD + tl.arange(0, BLOCK // 2) % PAIRS_A_HEAD
     cos, sin = tl.load(cos_ptr + pairs), tl.load(sin_ptr + pairs)
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
 
 
 @triton.jit
-def _hadamard(x, STAGES: tl.constexpr, ROOT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiplies each head by the Hadamard matrix: sums and differences of neighbours, then of pairs, and so on.
-
-    Each stage moves the differences behind the sums, so that the next stage finds its operands side by side. After
-    log2(D) STAGES every index has rotated through all of its bits, and the order is the matrix's own.
-    """
-    x = tl.reshape(x, (BLOCK // HEAD_DIM, HEAD_DIM // 2, 2))
-    for _ in tl.static_range(STAGES):
-        a, b = tl.split(x)
-        x = tl.permute(tl.join(a + b, a - b), (0, 2, 1))
-        x = tl.reshape(x, (BLOCK // HEAD_DIM, HEAD_DIM // 2, 2))
-    return tl.reshape(x, (BLOCK,)) * ROOT
+def _hadamard_matrix(D: tl.constexpr):
+    """Returns the Hadamard matrix [D, D] of ones and minus ones in Sylvester's order; D is at most 256."""
+    channels = tl.arange(0, D)
+    common = channels[:, None] & channels[None, :]
+    common ^= common >> 4
+    common ^= common >> 2
+    common ^= common >> 1
+    return (1 - 2 * (common & 1)).to(tl.bfloat16)
 
 
 @triton.jit
-def _store_heads(x, out_ptr, d: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores a row as [PARTS, rows, d / PARTS]."""
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+def _times(x, matrix, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns x @ matrix / sqrt(D) [BLOCK]; tensor cores multiply the two halves of each float32 of x [heads, D]."""
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    product = tl.dot(low, matrix, tl.dot(high, matrix))
+    return tl.reshape(product, (BLOCK,)) * HEAD_DIM**-0.5
+
+
+@triton.jit
+def _store_heads(x, row, rows, out_ptr, d: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores row `row` of `rows` as [PARTS, rows, d / PARTS]."""
     lanes = tl.arange(0, BLOCK)
     width: tl.constexpr = d // PARTS
-    place = (lanes // width * rows + row) * width + lanes % width
+    place = ((lanes // width).to(tl.int64) * rows + row) * width + lanes % width
     tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), lanes < d)
 
 
 @triton.jit
 def _heads_to_fp8(
-    x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr,
-    eps: tl.constexpr, d: tl.constexpr, HEAD_DIM: tl.constexpr, NORMED: tl.constexpr, ROTATED: tl.constexpr,
-    STAGES: tl.constexpr, ROOT: tl.constexpr, CENTRED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, rows,
+    eps: tl.constexpr, d: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NORMED: tl.constexpr,
+    ROTATED: tl.constexpr, HADAMARD: tl.constexpr, CENTRED: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Each program computes ROWS rows, so that it makes the Hadamard matrix only once."""
+    BLOCK: tl.constexpr = HEADS * HEAD_DIM
     lanes = tl.arange(0, BLOCK)
     mask = lanes < d
-    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * stride + lanes, mask, 0.0).to(tl.float32)
-    if NORMED:
-        x = _rms_normed(x, weight_ptr, eps, d, BLOCK)
-    if ROTATED:
-        x = _rotated(x, cos_ptr, sin_ptr, HEAD_DIM // 2, BLOCK)
-    if STAGES > 0:
-        x = _hadamard(x, STAGES, ROOT, HEAD_DIM, BLOCK)
-    if CENTRED:
-        x -= tl.load(centre_ptr + lanes, mask, 0.0)
-    x /= tl.load(scale_ptr + lanes // HEAD_DIM, mask, 1.0)
-    _store_heads(tl.clamp(x, -448.0, 448.0, tl.PropagateNan.ALL), out_ptr, d, PARTS, BLOCK)
+    matrix = _hadamard_matrix(HEAD_DIM)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for row in range(first, min(first + ROWS, rows)):
+        x = tl.load(x_ptr + row * stride + lanes, mask, 0.0).to(tl.float32)
+        if NORMED:
+            x = _rms_normed(x, weight_ptr, eps, d, BLOCK)
+        if ROTATED:
+            x = _rotated(x, row, cos_ptr, sin_ptr, HEAD_DIM // 2, BLOCK)
+        if HADAMARD:
+            x = _times(tl.reshape(x, (HEADS, HEAD_DIM)), matrix, HEAD_DIM, BLOCK)
+        if CENTRED:
+            x -= tl.load(centre_ptr + lanes, mask, 0.0)
+        x /= tl.load(scale_ptr + lanes // HEAD_DIM, mask, 1.0)
+        _store_heads(tl.clamp(x, -448.0, 448.0, tl.PropagateNan.ALL), row, rows, out_ptr, d, PARTS, BLOCK)
