@@ -35,11 +35,7 @@ def lines(root: Path) -> list[str]:
     If the JSON file of the result is missing, returns lines that say that nothing was measured.
     """
     if not (root / OWN).exists():
-        return [
-            "Not measured yet: the tiny model that ships was trained without last images and without photographs. "
-            "`make tiny-kinds`",
-            "measures a model that was trained with both, and writes the figures here.",
-        ]
+        return ["Not measured yet: `make tiny-kinds` writes the figures here."]
     document = json.loads((root / OWN).read_text())
     figures: dict[str, str] = {}
     movers = {mover: name for mover, name in MOVERS.items() if mover in document["chains"]}

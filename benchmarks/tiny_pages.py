@@ -95,11 +95,17 @@ class Results:
 
         The line also declares the source of all figures that were shown since the last footnote.
         """
-        known, torch = self.document(OWN.stem), self.value(names[0], "versions/torch").partition("+")[0]
-        told = [f"`make {name}`, `{self.file(name)}` ({known[name]['commit']})" for name in names]
+        known = self.document(OWN.stem)
+        used = {name: self.value(name, "versions/torch").partition("+")[0] for name in names}
+        several = len(set(used.values())) > 1
+        told = [
+            f"`make {name}`, `{self.file(name)}` ({known[name]['commit']}{f', torch {used[name]}' * several})"
+            for name in names
+        ]
+        torch = "" if several else f"; torch {used[names[0]]}"
         found = itertools.chain.from_iterable(declaration(self.file(name), of) for name, of in self.figures.items())
         self.figures = {}
-        return [f"[^{mark}]: {'; '.join(told)}; torch {torch}. {' '.join(found)}"]
+        return [f"[^{mark}]: {'; '.join(told)}{torch}. {' '.join(found)}"]
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -234,11 +240,15 @@ def lossy(results: Results) -> list[str]:
     psnr = results.shown("tiny-magcache", f"{row}/psnr_unskipped", ".1f dB")
     name = f"`--magcache {OF_README.split(',')[0]} --magcache-joint off`, {share} of the forwards skipped"
     rows.append([name, results.shown("magcache-h200", "ratio", ".3f"), "", f"{psnr}[^tiny]"])
-    for option, way, density in ((f"sparse --density {DENSITY}", "uniform", DENSITY), ("fa3-fp8", "fp8", None)):
+    for option, kind, way, density in (
+        (f"sparse --density {DENSITY}", "sparse", "uniform", DENSITY),
+        ("fa3-fp8", "fp8", "fp8", None),
+    ):
         found = [(row["way"], row["asked_density"]) for row in results.value("tiny-attention", "rows")]
         psnr = results.shown("tiny-attention", f"rows/{found.index((way, density))}/psnr_dense", ".1f dB")
         compared = f"{psnr} to dense attention, {results.value('tiny-attention', 'pairs')} pairs[^tiny]"
-        rows.append([f"`--attention {option}`", "not measured", "", compared])
+        gain = results.shown("lossy-h200", f"guards/bf16 linears, {kind}/ratio", ".3f")
+        rows.append([f"`--attention {option}`", gain, "", compared])
     gain = results.ratio("vae-h200", "seconds/decode bf16", "seconds/decode tf32", ".3f")
     psnr = results.shown("tiny-lossy", "decoder_bf16_psnr", ".1f dB")
     name = "`--vae-precision bf16`, the default, compared with `fp32`"

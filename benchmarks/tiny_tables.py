@@ -6,9 +6,8 @@
 
 `make tiny-tables` runs this program. A "table" is what one `make` target measures or draws; training/README.md lists
 all of them. `benchmarks/results/tiny-tables.json` holds, for each table, the weights with which it was made. So an
-interrupted run continues with the next table. There, "not_made" says why a table was not made: the weights were not
-trained for what the table measures. A table that needs a GPU is made only if its name is given. Tables of the distilled
-pair of LoRAs are left out while the pair does not ship. A test fails while a table belongs to other weights.
+interrupted run continues with the next table. A table that needs a GPU is made only if its name is given. Tables of the
+distilled pair of LoRAs are left out while the pair does not ship. A test fails while a table belongs to other weights.
 """
 
 from __future__ import annotations
@@ -105,10 +104,7 @@ def left_out() -> list[str]:
 
 
 def made(root: Path) -> dict[str, Any]:
-    """Returns {table: {"weights", "commit", "minutes"}}, which says when each table was made.
-
-    A table that was not made has the reason under "not_made".
-    """
+    """Returns {table: {"weights", "commit", "minutes"}}, which says when each table was made."""
     document: dict[str, Any] = json.loads((root / OWN).read_text())
     return document
 

@@ -57,6 +57,7 @@ def groups() -> dict[str, list[Bar]]:
     """Returns {title: bars of the group}; the other bars of a group are drawn relative to its first bar."""
     one, two = _ways("forward-h100"), _ways("forward-2xh100")
     eight_bits, skipping = _ways("quantized-h200"), _read("magcache-h200")["seconds"]
+    attention = _ways("lossy-h200")
     return {
         "H100: a forward of one expert, 1280x720, 81 frames": [
             _bar("diffusers, eager, cuDNN attention", one["diffusers eager cudnn"], "reference"),
@@ -69,6 +70,13 @@ def groups() -> dict[str, list[Bar]]:
             _bar("wanfast, bf16", eight_bits["bf16"], "lossless"),
             _bar("--quantize int8-dynamic", eight_bits["int8-dynamic"], "lossy"),
             _bar("--quantize fp8-rowwise", eight_bits["fp8-rowwise"], "lossy"),
+        ],
+        "H200: the same forward with lossy attention in all layers": [
+            _bar("wanfast, bf16", attention["bf16, compiled"], "lossless"),
+            _bar("--attention fa3-fp8", attention["bf16 linears, fp8"], "lossy"),
+            _bar("the same and --quantize fp8-rowwise", attention["fp8 linears, fp8"], "lossy"),
+            _bar("--attention sparse --density 0.35", attention["bf16 linears, sparse"], "lossy"),
+            _bar("the same and --quantize fp8-rowwise", attention["fp8 linears, sparse"], "lossy"),
         ],
         "H200: 40 steps at 832x464, 81 frames": [
             Bar("wanfast, all 80 forwards", skipping["full"][0], "lossless"),

@@ -1,7 +1,7 @@
 """Trains the tiny model, all stages or one stage at a time, after `python -m training.photographs`.
 
-until python -m training --folder runs/tiny; do :; done     # all stages, in calls of about eight minutes on one GPU
-python -m training --folder runs/tiny --stage vae-short vae-long   # repeat each command until it returns 0
+while python -m training --folder runs/tiny; test $? = 75; do :; done   # all stages, in calls of about eight minutes
+python -m training --folder runs/tiny --stage vae-short vae-long   # repeat each command while it returns 75
 python -m training --folder runs/tiny --stage experts             # clips are encoded first, then the experts learn
 python -m training --folder runs/tiny --stage vae-decoder         # the decoder again; latents and experts stay valid
 python -m training --folder runs/tiny --stage export              # the model folder, FOLDER/tiny
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,10 +40,10 @@ from training.train_experts import Clips, Kind, TinyModel, expert_of
 from training.train_lora import STAGE as LORA_STAGE
 from training.train_lora import Paths
 from training.train_vae import DECODER_STAGE, LONG_STAGE, SHORT_STAGE, Windows
-from training.ways import WAYS
 from wanfast.quality.world import camera_scene, draw_scene
 from wanfast.runtime.facts.choices import EXPERTS, Expert
 from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import ModelFiles
@@ -56,6 +57,9 @@ _STEPS = {
     DECODER_STAGE: "decoder_steps",
     LORA_STAGE: "lora_steps",
 }
+
+
+_UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h; a fault ends with 1
 
 
 def main() -> None:
@@ -72,7 +76,7 @@ def main() -> None:
     parser.add_argument("--decoder-steps", type=int, default=9_000)
     parser.add_argument("--lora-steps", type=int, default=12_000)
     parser.add_argument(
-        "--start", type=Path, help="model folder whose experts and UMT5 the stage experts trains further"
+        "--start", type=Path, help="model folder, or tiny: the stage experts trains its experts further, on its VAE"
     )
     parser.add_argument(
         "--learning", choices=EXPERTS, help="with --start, the only expert that the stage experts trains, without UMT5"
@@ -81,22 +85,22 @@ def main() -> None:
         "--encode",
         type=int,
         nargs="+",
-        choices=range(len(train_experts.KINDS)),
-        help="the stage experts only encodes clips of these formats",
-    )
-    parser.add_argument(
-        "--way", choices=WAYS, default="default", help="how to compile the experts; training.compiled compares the ways"
+        help="the stages experts and lora only make clips or paths of these formats, and end",
     )
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
     if options.learning and not options.start:
         parser.error("--learning needs --start: new experts and UMT5 learn together")
+    if set(options.stage) != {"export"} and not options.photographs.exists():
+        parser.error(f"--photographs {options.photographs} does not exist: run python -m training.photographs")
     if options.smoke:
         for name in _STEPS.values():
             setattr(options, name, 4)
     options.deadline = monotonic() + options.minutes * 60
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     prepare_torch()
+    if options.start and not (options.folder / train_vae.FINISHED).exists():
+        train_vae.take(started(options), options.folder)
     stages = dict.fromkeys((SHORT_STAGE, LONG_STAGE, DECODER_STAGE), fit_vae)
     stages |= {EXPERT_STAGE: fit_experts, "export": write, LORA_STAGE: fit_lora}
     for stage in sorted(options.stage, key=STAGES.index):
@@ -104,7 +108,8 @@ def main() -> None:
         if missing:
             sys.exit(f"--stage {stage} needs the finished --stage {missing}: run --stage {missing} first")
         if not stages[stage](stage, options):
-            sys.exit(f"--stage {stage} is not finished: run the same command again")
+            print(f"--stage {stage} is not finished: run the same command again", file=sys.stderr)
+            sys.exit(_UNFINISHED)
 
 
 def missing_stage(stage: str, options: argparse.Namespace) -> str | None:
@@ -134,14 +139,14 @@ def is_made(stage: str, options: argparse.Namespace) -> bool:
 
 
 def expert_checkpoints(folder: Path) -> dict[Expert, Path]:
-    """Returns the checkpoint of each expert: its own one if it learned alone, or that of both, or that of the other.
+    """Returns the checkpoint of each expert: its own one if it learned alone, or that of the other, or that of both.
 
     The checkpoint of an expert that learned alone holds the other one as it was at the start.
     """
     own: dict[Expert | None, Path] = {
         name: folder / f"{train_experts.checkpoint_name(name)}.pt" for name in (*EXPERTS, None)
     }
-    made = [name for name in (None, *EXPERTS) if own[name].exists()] or [None]
+    made = [name for name in (*EXPERTS, None) if own[name].exists()] or [None]
     return {expert: own[expert] if expert in made else own[made[0]] for expert in EXPERTS}
 
 
@@ -229,12 +234,10 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
         return True  # their clips may be of the encoder before `vae-decoder` wrote the file again
     spec = measured_spec(options.folder)
     kinds = train_experts.TOY if options.smoke else train_experts.KINDS
-    if options.encode:
-        return encoded_sets(spec, kinds, options, options.encode) is not None
     order = range(len(kinds)) if options.smoke else train_experts.ORDER
     sets = encoded_sets(spec, kinds, options)
-    if sets is None:
-        return False
+    if options.encode or sets is None:
+        return sets is not None
     schedule = Schedule(
         steps=options.expert_steps,
         muon_rate=0.02,
@@ -244,7 +247,7 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
         ema=0.9995,
     )
     batches = [kind.batch for kind in kinds]
-    start = options.start and model_files.locate(str(options.start), "artifacts")
+    start = started(options) if options.start else None
     return train_experts.fit(
         spec,
         sets,
@@ -255,44 +258,61 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
         order,
         start=start,
         learning=options.learning,
-        way=options.way,
     )
 
 
-def encoded_sets(
-    spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Namespace, only: Sequence[int] | None = None
-) -> list[Clips] | None:
-    """Returns the encoded clips of all kinds, from files if they exist; `only` selects kinds by their numbers.
+def started(options: argparse.Namespace) -> ModelFiles:
+    return model_files.locate(str(options.start), "artifacts")
+
+
+def _further(start: ModelFiles) -> int:
+    """Returns a number of scenes to skip: experts that learn on get other clips than those that they have seen."""
+    number = int(hashlib.sha256(json.dumps(start.fingerprints, sort_keys=True).encode()).hexdigest(), 16)
+    return 1_000_000 + number % 150 * 20_000  # no kind has so many clips
+
+
+def chosen(kinds: Sequence[Kind], options: argparse.Namespace) -> dict[int, Kind]:
+    """Returns the kinds of which this call makes clips or paths, by their numbers: those of --encode, or all."""
+    unknown = set(options.encode or ()) - set(range(len(kinds)))
+    if unknown and not options.smoke:  # which has only two formats
+        sys.exit(f"--encode {min(unknown)}: this stage has the formats 0 to {len(kinds) - 1}")
+    return {number: kind for number, kind in enumerate(kinds) if not options.encode or number in options.encode}
+
+
+def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Namespace) -> list[Clips] | None:
+    """Returns the encoded clips of the `chosen` kinds, from files if they exist.
 
     Returns None if the deadline passes before all are made.
     """
     vae = train_vae.load(spec.vae, options.folder, options.device)
     vae.spec = spec.vae
-    digest = hashlib.sha256((options.folder / train_vae.FINISHED).read_bytes()).hexdigest()[:12]
+    made_of = (options.folder / train_vae.FINISHED).read_bytes() + clips.MIX.encode()
+    digest = hashlib.sha256(made_of).hexdigest()[:12]
     mix = Mix(options.photographs, options.device)
-    further = 2_000_000 if options.start else 0  # experts that learn on get other clips
-    first = [10_000_000 * (number + 1) + further for number in range(len(kinds))]
-
-    chosen = [pair for k, pair in enumerate(zip(first, kinds, strict=True)) if only is None or k in only]
+    further = _further(started(options)) if options.start else 0
+    first = {10_000_000 * (number + 1) + further: kind for number, kind in chosen(kinds, options).items()}
 
     def make(index: int, kind: Kind) -> dict[str, Tensor]:
-        return vars(train_experts.encode_clips(vae, mix, kind, chosen[index][0]))
+        return vars(train_experts.encode_clips(vae, mix, kind, list(first)[index]))
 
-    names = [f"clips-{number}-{kind.clips}-{digest}.pt" for number, kind in chosen]
-    sets = stored(names, [kind for _, kind in chosen], make, options)
-    for (_, kind), each in zip(chosen, sets or (), strict=False):
+    names = [f"clips-{number}-{kind.clips}-{digest}.pt" for number, kind in first.items()]
+    sets = stored(names, list(first.values()), make, options)
+    for kind, each in zip(first.values(), sets or (), strict=False):
         print(f"experts: {kind.clips} clips, latents {list(each['z'].shape[1:])}", flush=True)
     return sets and [Clips(**each) for each in sets]
 
 
 def write(_stage: str, options: argparse.Namespace) -> bool:
     spec = measured_spec(options.folder)
-    model = TinyModel(spec).to(options.device)
+    model, texts = TinyModel(spec).to(options.device), list[UMT5Encoder]()
     for expert, file in expert_checkpoints(options.folder).items():
         trained = TinyModel(spec).to(options.device)
         load_ema(trained, file)
         expert_of(model, expert).load_state_dict(expert_of(trained, expert).state_dict())
-        model.umt5 = trained.umt5  # equal in both files
+        texts.append(trained.umt5)
+    if any(not torch.equal(*pair) for pair in zip(*(text.parameters() for text in texts), strict=True)):
+        sys.exit("the experts learned with different text encoders: train both with the same --start, or both together")
+    model.umt5 = texts[0]
     export(spec, model, train_vae.load(spec.vae, options.folder, options.device), options.folder / "tiny")
     return True
 
@@ -303,7 +323,9 @@ def fit_lora(_stage: str, options: argparse.Namespace) -> bool:
     kinds = train_experts.TOY if options.smoke else train_lora.KINDS
     sets = paths_of(files, model, kinds, options)
     schedule = Schedule(steps=options.lora_steps, muon_rate=5e-3, deadline=options.deadline, ema=0.9995)
-    if sets is None or not train_lora.fit(model, sets, schedule, options.folder, [kind.batch for kind in kinds]):
+    if options.encode or sets is None:
+        return sets is not None
+    if not train_lora.fit(model, sets, schedule, options.folder, [kind.batch for kind in kinds]):
         return False
     train_lora.export(model, options.folder, options.folder / "tiny/loras" / train_lora.RECIPE)
     return True
@@ -312,17 +334,20 @@ def fit_lora(_stage: str, options: argparse.Namespace) -> bool:
 def paths_of(
     files: ModelFiles, model: TinyModel, kinds: Sequence[Kind], options: argparse.Namespace
 ) -> list[Paths] | None:
-    """Returns the teacher's paths of all kinds, from files if they exist.
+    """Returns the teacher's paths of the `chosen` kinds, from files if they exist.
 
     Returns None if the deadline passes before all are made.
     """
     vae, mix = build_vae(files, options.device), Mix(options.photographs, options.device)
 
-    def make(number: int, kind: Kind) -> dict[str, Tensor]:
+    made = chosen(kinds, options)
+
+    def make(index: int, kind: Kind) -> dict[str, Tensor]:
+        number = list(made)[index]
         clips = train_experts.encode_clips(vae, mix, kind, 10_000_000 * (number + 1) + 5_000_000)
         return vars(train_lora.paths(model, clips, kind.batch, number))
 
-    sets = stored([f"lora-paths-{number}.pt" for number in range(len(kinds))], kinds, make, options)
+    sets = stored([f"lora-paths-{number}.pt" for number in made], list(made.values()), make, options)
     return sets and [Paths(**each) for each in sets]
 
 

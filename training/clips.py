@@ -48,6 +48,7 @@ FOR_VAE, FOR_EXPERTS = Shares(0.5, 0.3), Shares(0.25, 0.2)
 # One of these sets is drawn for each clip, with these weights. A clip shows a motion of its set; an empty set has all.
 _OF_SHAPES = {("spin",): 8, ("shrink",): 3, (): 13}
 _OF_CAMERAS = {("zoom in", "zoom out", "turn right", "turn left"): 1, (): 1}
+MIX = repr((FOR_EXPERTS, _OF_SHAPES, _OF_CAMERAS))  # what clips of the experts depend on, besides number and format
 _OTHER = 10**9  # farther than any two numbers of clips
 SMALL = formats(128, 17)
 LARGE = formats(256, 33)

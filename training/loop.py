@@ -4,8 +4,9 @@ Muon moves matrices and convolutions, and AdamW all other parameters. A step's d
 so that an interrupted and resumed run equals one long run. Learning rates warm up, stay constant, and decay linearly
 over the last share `decay` of the steps.
 Kernel launches, not the GPU, limit the speed of networks this small. So forward and backward are captured as a CUDA
-graph, one for each shape of batches, and replayed. Compiled blocks have given wrong gradients for some shapes without
-an error (LOG.md). So the first batches of each shape are also computed without compilation, and the gradients compared.
+graph, one for each shape of batches, and replayed. The VAE is also compiled. Compiled blocks of the experts have given
+wrong gradients in some batches, without an error (LOG.md). So the first batches of each shape are also computed without
+a graph and without compilation, and the gradients compared.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from training.muon import Muon
 _NO_MATRICES = ("norm", "modulation", "token_embedding", "pos_embedding", "head.head", "noise.up.")  # or zero at first
 _MAX_NORM = 1000.0  # before clipping; a healthy stage has 0.2 to 30
 _COMPARED = 12  # batches of each shape; faults depend on the data, and one batch may miss them
-MAX_DIFFERENCE = 0.25  # relative, of the gradients with and without compilation; bf16 alone gives a few percent
+_MAX_DIFFERENCE = 0.25  # relative, of the gradients with and without compilation; bf16 alone gives a few percent
 Batch = tuple[Tensor, ...]
 DrawFn = Callable[[int, torch.Generator], Batch]  # (step, generator) -> batch
 LossFn = Callable[..., dict[str, Tensor]]  # batch -> named terms; "loss" is minimised
@@ -196,16 +197,16 @@ def require_as_uncompiled(gradients: list[Tensor], compute: Callable[[], object]
     found = [gradient.clone() for gradient in gradients]
     with torch.compiler.set_stance("force_eager"):
         compute()
-    difference = relative_difference(found, gradients)
+    difference = _relative_difference(found, gradients)
     torch._foreach_copy_(gradients, found)
-    if not difference <= MAX_DIFFERENCE:
+    if not difference <= _MAX_DIFFERENCE:
         raise RuntimeError(
-            f"the compiled gradients differ by {difference:.0%} from those without compilation: a kernel is wrong; "
-            "choose another --way (python -m training.compiled compares them)"
+            f"the gradients differ by {difference:.0%} from those without a CUDA graph and without compilation: a "
+            "kernel is wrong; for a stage of the VAE, try TORCH_COMPILE_DISABLE=1, which compiles nothing"
         )
 
 
-def relative_difference(found: list[Tensor], gradients: list[Tensor]) -> float:
+def _relative_difference(found: list[Tensor], gradients: list[Tensor]) -> float:
     """Returns the norm of all differences together, divided by the norm of all `gradients`."""
     difference, norm = (
         torch.stack(torch._foreach_norm(each)).norm() for each in (torch._foreach_sub(found, gradients), gradients)
@@ -225,11 +226,6 @@ class _Graph:
         torch._foreach_copy_(self.held, batch)
         self.graph.replay()
         return self.terms
-
-
-def captured(compute: Callable[[Batch], dict[str, Tensor]], example: Batch) -> Callable[[Batch], dict[str, Tensor]]:
-    """Returns `compute` as a captured CUDA graph, for batches shaped like `example`."""
-    return _capture(compute, example, None).replay
 
 
 def _capture(eager: Callable[[Batch], dict[str, Tensor]], example: Batch, pool: tuple[int, int] | None) -> _Graph:

@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from PIL import Image
 
 MANIFEST = Path(__file__).with_name("photographs.json")
 PACK = Path(__file__).with_name("photographs.zip")
+_SOURCES = Path("/etc/apt/sources.list.d/debian.sources")  # of Debian 12 and newer
 SHORT_SIDE = 384  # pixels; smaller pictures keep their size
 _LEAST_SIDE = 300
 _LEAST_DETAIL = 4.0  # of 255: the mean step between neighbouring pixels of a small copy; less shows no motion
@@ -82,9 +84,11 @@ def fetch_debian(folder: Path) -> Path:
     done = folder / "debian"
     if done.exists():
         return done
+    if not (_SOURCES.exists() and shutil.which("apt-get") and shutil.which("dpkg")):
+        sys.exit("error: the photographs come from Debian's packages: run this command on Debian 12 or newer")
     (folder / "lists/partial").mkdir(parents=True, exist_ok=True)
     (folder / "sources").mkdir(exist_ok=True)
-    machines = Path("/etc/apt/sources.list.d/debian.sources").read_text()  # the same mirror, another suite
+    machines = _SOURCES.read_text()  # the same mirror, another suite
     (folder / "sources/sid.sources").write_text(re.sub(r"(?m)^Suites:.*$", "Suites: sid", machines.split("\n\n")[0]))
     options = [f"Dir::Etc::sourceparts={folder}/sources", "Dir::Etc::sourcelist=/dev/null"]
     options += [f"Dir::State::Lists={folder}/lists", "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache="]
@@ -209,7 +213,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.fetched or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        manifest = pack(folder, options.output)
+        try:
+            manifest = pack(folder, options.output)
+        except subprocess.CalledProcessError as error:  # which has printed why
+            sys.exit(f"error: `{error.cmd[0]}` failed: repeat this command when its packages can be fetched")
     if options.renew:
         MANIFEST.write_text("[\n" + ",\n".join(map(json.dumps, manifest)) + "\n]\n")
     elif manifest != json.loads(MANIFEST.read_text()):

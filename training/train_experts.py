@@ -5,7 +5,8 @@ different formats, with about the same number of tokens in each step.
 
 x = (1 - s) z + s noise, v = noise - z; noise levels s are uniform before the shift. The high-noise expert gets the
 levels at or above the boundary, the low-noise expert the others. Both share the text encoder. One caption in eight is
-dropped, so that the empty prompt can serve as the negative prompt.
+dropped, so that the empty prompt can serve as the negative prompt. Nothing is compiled, because compiled blocks gave
+wrong gradients on H200 GPUs, without an error and only in some batches (LOG.md).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from training.clips import LARGE, SMALL, Format, Mix
 from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, train
 from training.train_vae import encode
-from training.ways import compile_blocks
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.conditioning import with_mask
 from wanfast.runtime.facts.choices import EXPERTS, Expert
@@ -49,8 +49,7 @@ class Kind:
     batch: int
 
 
-# Half of the steps take large clips, and a third of all steps clips that are not square. Each step has a multiple of 16
-# tokens: with 15 clips of 288x208, compiled blocks gave wrong gradients (LOG.md).
+# Half of the steps take large clips, and a third of all steps clips that are not square.
 KINDS = (
     Kind(SMALL[0], 14_000, 96),
     Kind(SMALL[1], 4_000, 112),
@@ -150,20 +149,17 @@ def fit(
     *,
     start: ModelFiles | None = None,
     learning: Expert | None = None,
-    way: str = "default",
 ) -> bool:
     """Trains on sets of clips, one for each kind; step k takes set `order[k % len(order)]`.
 
     `start`: the trained model whose experts and UMT5 learn on, or None for new ones. `learning`: the only expert that
-    learns; UMT5 and the other expert then keep the values of `start`. None trains all. `way`: how blocks are compiled.
+    learns; UMT5 and the other expert then keep the values of `start`. None trains all.
     """
     model = (trained(start).requires_grad_() if start else TinyModel(spec)).to(device)
     names = EXPERTS if learning is None else (learning,)
     if learning is not None:
         model.requires_grad_(False)
         expert_of(model, learning).requires_grad_()
-    if device == "cuda":
-        compile_blocks([expert_of(model, name) for name in names], way)
     loss = flow_loss(model, names)
     return train(checkpoint_name(learning), model, noised(spec, sets, batches, order), loss, schedule, folder)
 

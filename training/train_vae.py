@@ -10,12 +10,14 @@ latents.
 
 from __future__ import annotations
 
+import os
 import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ from wanfast.runtime.models.vae import (
     latent_statistics,
 )
 from wanfast.runtime.models.vae_fused import upsample
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.weights.builders import build_vae
 
 # Training does not normalise latents; `measure_latents` measures their mean and standard deviation afterwards.
 PLAIN = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
@@ -202,15 +206,27 @@ def finish(spec: VAESpec, mix: Mix, folder: Path, clips: int) -> None:
         parameter.copy_(value)
     measured = measure_latents(vae, mix, clips)
     facts = {"latents_mean": measured.latents_mean, "latents_std": measured.latents_std}
-    torch.save({**weights, **facts}, folder / FINISHED)
+    _write(folder, {**weights, **facts})
+
+
+def take(files: ModelFiles, folder: Path) -> None:
+    """Writes the VAE of a trained model, and its latents' statistics, to FOLDER/vae-finished.pt."""
+    weights = [parameter.detach().bfloat16() for parameter in build_vae(files, "cpu").parameters()]
+    spec = files.spec.vae
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, {"ema": weights, "latents_mean": spec.latents_mean, "latents_std": spec.latents_std})
 
 
 def finish_decoder(folder: Path) -> None:
     """Writes the decoder of the third stage into FOLDER/vae-finished.pt."""
     trained = torch.load(folder / f"{DECODER_STAGE}.pt", map_location="cpu", weights_only=True)["ema"]
     state = torch.load(folder / FINISHED, map_location="cpu", weights_only=True)
-    partial = (folder / FINISHED).with_suffix(".partial")
-    torch.save({**state, "ema": [value.bfloat16() for value in trained]}, partial)
+    _write(folder, {**state, "ema": [value.bfloat16() for value in trained]})
+
+
+def _write(folder: Path, state: dict[str, Any]) -> None:
+    partial = folder / f"{FINISHED}.{os.getpid()}"  # another process may write the same VAE
+    torch.save(state, partial)
     partial.replace(folder / FINISHED)
 
 

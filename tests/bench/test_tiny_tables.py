@@ -28,9 +28,7 @@ def test_all_tables_are_of_the_weights_that_ship() -> None:
     assert tables.stale(known, present) == [], "run `make tiny-tables`"
     for name, row in known.items():
         assert row["weights"] == tables.judged_by(name, present), f"{name}: run `make tiny-tables`"
-        assert [(ROOT / file).exists() for file in tables.TABLES[name].files] == [
-            "not_made" not in row for _ in tables.TABLES[name].files
-        ], name
+        assert all((ROOT / file).exists() for file in tables.TABLES[name].files), name
 
 
 def test_the_pages_are_those_of_the_results() -> None:
@@ -75,10 +73,10 @@ def test_photographs_and_larger_videos_get_columns(root: Path) -> None:
         "last_frame_psnr": 27.06,
         "last_frame_reached": {"right": 24, "of": 25},
     }
-    change(file, camera=camera)
+    change(file, camera=camera, vae_psnr=38.75, ssim=0.9761, ms_ssim=0.9766)
     larger = file.with_name("tiny-quality-256.json")
     shutil.copy(file, larger)
-    change(larger, vae_psnr=44.44)
+    change(larger, vae_psnr=44.44, versions={"torch": "2.11.0+cu130"})
     change(root / words.OWN, **{"tiny-quality-256": {"weights": "x", "commit": "0123456789ab"}})
     text = tables.pages(root)["docs/quality.md"]
     shapes, cameras = "shapes, {0}", "a camera over photographs, {0}"
@@ -87,7 +85,7 @@ def test_photographs_and_larger_videos_get_columns(root: Path) -> None:
     assert "| PSNR of the VAE on held-out clips | 38.8 dB | 31.2 dB | 44.4 dB | 31.2 dB |" in text
     assert "93 of 100 (0.863 to 0.966)" in text and "27.1 dB" in text and "24 of 25" in text
     assert "27.1 dB = camera/last_frame_psnr" in text and "tiny-quality-256.json: " in text
-    assert "(0123456789ab)" in text
+    assert "(0123456789ab, torch 2.11.0)" in text  # one of several versions
     assert "| SSIM, MS-SSIM of the same | 0.976, 0.977 | 0.875, 0.875 |" in tables.pages(root)[words.CARD]
 
 
@@ -97,10 +95,13 @@ def test_schemes_are_shown_on_photographs(root: Path) -> None:
         row = {"right": 48, "of": 50}
         settings = json.loads(file.read_text())["settings"] | {"quantize": scheme}
         camera = {"psnr_unquantized": 50.06, "ssim_unquantized": 0.99914, "prompt_following": row}
-        change(file, camera=camera, settings=settings)
+        shapes = {"psnr_unquantized": 54.21, "ssim_unquantized": 0.99996, "prompt_following": {"right": 99, "of": 100}}
+        change(file, camera=camera, settings=settings, **shapes)
+    exact = root / tables.RESULTS / "tiny-quality.json"
+    change(exact, prompt_following=row, camera={"prompt_following": row})
     text = tables.pages(root)["docs/quantization.md"]
     assert "| scheme | shapes: PSNR, SSIM, prompts followed | a camera over photographs |" in text
-    assert "| none | 99 of 100 |  |" in text
+    assert "| none | 48 of 50 | 48 of 50 |" in text
     assert "| `fp8-rowwise` | 54.2 dB, 1.0000, 99 of 100 | 50.1 dB, 0.9991, 48 of 50 |" in text
 
 
@@ -158,8 +159,10 @@ def test_other_weights_make_all_tables_stale_and_a_made_one_is_current(
 def test_kinds_and_lossy_attention_are_made_and_their_pages_written(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tables that were not made for the old weights are made for others."""
     results = root / tables.RESULTS
+    (results / "tiny-kinds.json").unlink(missing_ok=True)
+    for page, text in tables.pages(root).items():
+        (root / page).write_text(text)
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         if command[1] == "tiny-kinds":

@@ -6,15 +6,17 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.conftest import Outcome
+from tests.engine.test_session import job_of, make
 from tests.parity import likeness, relative_error
-from wanfast.commands import dispatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.compilation import compile_blocks
 from wanfast.runtime.engine.finite import FiniteWatch
+from wanfast.runtime.engine.session import Sessions
 from wanfast.runtime.errors import NotFiniteError
 from wanfast.runtime.facts.choices import EXPERTS
 from wanfast.runtime.models.rope import rotary_tables
@@ -86,9 +88,7 @@ def test_noise_of_the_two_devices_differs(wanfast: Wanfast, workdir: Path) -> No
     assert (workdir / "cpu.mp4").read_bytes() != (workdir / "cuda.mp4").read_bytes()
 
 
-def test_experts_are_evicted_for_a_decoder_that_does_not_fit(
-    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_are_evicted_for_a_decoder_that_does_not_fit(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The experts come back for the next video."""
     decode, failures, moved = WanVAE.decode_stream, iter(range(1)), []
 
@@ -98,12 +98,10 @@ def test_experts_are_evicted_for_a_decoder_that_does_not_fit(
         moved.append(torch.cuda.memory_allocated())
         yield from decode(*arguments)
 
-    (workdir / "jobs.jsonl").write_text('{"output": "a.mp4"}\n{"output": "b.mp4"}\n')
     monkeypatch.setattr(WanVAE, "decode_stream", failing)
-    monkeypatch.setattr(dispatch, "_needs_a_process", lambda *_, **__: False)  # so that this process decodes
-    assert wanfast(*GOOD, "--jobs", "jobs.jsonl").exit_code == 0
+    first, second = make([job_of(device="cuda")] * 2, Sessions(Ranks("cuda")))
     assert moved[0] < moved[1]  # without the experts, then with them
-    assert (workdir / "a.mp4").read_bytes() == (workdir / "b.mp4").read_bytes()
+    assert (np.load(first["frames"]) == np.load(second["frames"])).all()
 
 
 def test_cuda_graphs_make_what_the_blocks_do() -> None:

@@ -126,7 +126,7 @@ def faulty(run_folder, number):
     main(run_folder, number)
 worker.main = faulty
 """)
-    return {"PYTHONPATH": str(folder / "faults")}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder / "faults"), os.environ.get("PYTHONPATH"))))}
 
 
 def in_third_step(fault: str) -> str:

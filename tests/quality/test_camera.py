@@ -51,9 +51,7 @@ def test_the_examples_are_captions_of_a_shape_and_of_a_camera() -> None:
 
 
 @pytest.mark.slow
-def test_the_photograph_of_the_examples_moves_and_stays_one_unless_a_note_says_otherwise(
-    wanfast: Callable[..., Outcome], workdir: Path
-) -> None:
+def test_the_photograph_of_the_examples_moves_and_stays_one(wanfast: Callable[..., Outcome], workdir: Path) -> None:
     job = json.loads(EXAMPLES.read_text().splitlines()[1])
     image = ("--image", str(EXAMPLES.with_name(job["image"])), "--prompt", job["prompt"], "--seed", "1")
     made = wanfast("generate", "--model", "tiny", "--device", "cpu", *image, "--output", "cat.mp4", "--json")
@@ -63,8 +61,7 @@ def test_the_photograph_of_the_examples_moves_and_stays_one_unless_a_note_says_o
     given = Image.open(EXAMPLES.with_name(job["image"])).resize((144, 96), Image.Resampling.LANCZOS)
     likeness = 10 * np.log10(255**2 / np.square(frames[0] - np.asarray(given, dtype=float)).mean())
     print(f"first frame: {likeness:.1f} dB")
-    note = model_files.locate("tiny", "artifacts").spec.weights_note
-    assert (likeness >= 24) == (note is None), likeness  # a pattern may move, too
+    assert likeness >= 24  # a pattern may move, too
 
 
 @pytest.mark.parametrize("name", list(CAMERAS))

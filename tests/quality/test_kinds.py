@@ -99,6 +99,8 @@ def test_a_jump_at_a_seam_and_a_drift_of_colours_are_figures() -> None:
     chains = found["chains"]["shape"]
     assert (chains["smooth_videos"]["right"], chains["smooth_videos"]["of"]) == (2, 3)
     assert (chains["motion_goes_on"]["right"], chains["motion_goes_on"]["of"]) == (6, 6)
+    ((_, goes_on),) = chains["motion_goes_on_by_motion"].items()  # still shapes do not count
+    assert goes_on == [6, 6]
     assert chains["difference"]["seams"] > chains["difference"]["inside"] and found["between"] == {}
     for clip, drift in enumerate(chains["drift"], 1):
         assert drift["mean"] == pytest.approx([10 * clip / 3, 0, 0], abs=0.2)  # one of three

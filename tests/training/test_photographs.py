@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +60,24 @@ def test_the_split_is_by_picture_and_keeps_the_examples_out_of_training() -> Non
     assert len(held_out) == 100 and {"scikit-image/chelsea", "scikit-image/coffee"} <= held_out
     assert len({entry["sha256"] for entry in manifest}) == len(manifest)  # no picture is on both sides
     assert all(photographs._FREE.match(entry["licence"]) for entry in manifest)
+
+
+@pytest.mark.parametrize(
+    ("exists", "line"), [(False, "run this command on Debian 12 or newer"), (True, "error: `apt-get` failed: repeat")]
+)
+def test_packages_that_cannot_be_fetched_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool, line: str
+) -> None:
+    def run(command: list[str], **options: object) -> None:
+        raise subprocess.CalledProcessError(100, command)
+
+    monkeypatch.setattr(photographs.subprocess, "run", run)
+    monkeypatch.setattr(photographs.shutil, "which", lambda name: name)
+    sources = tmp_path / "debian.sources"
+    if exists:
+        sources.write_text("Types: deb\nSuites: bookworm\n")
+    monkeypatch.setattr(photographs, "_SOURCES", sources)
+    monkeypatch.setattr("sys.argv", ["photographs", "--output", str(tmp_path / "pack.zip")])
+    with pytest.raises(SystemExit, match=line):
+        photographs.main()
+    assert not (tmp_path / "pack.zip").exists()

@@ -215,12 +215,24 @@ def _figures_of_chains(rows: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "smooth_videos": share_of([bool(np.mean(row["seams"]) <= np.percentile(row["inside"], 95)) for row in rows]),
         "motion_goes_on": share_of(moving) if moving else None,
+        "motion_goes_on_by_motion": _by_motion(rows),
         "prompt_following": [
             share_right([row["asked"] for row in rows], [row["shown"][clip] for row in rows]) for clip in range(CLIPS)
         ],
         "drift": _drift(rows),
         "drift_of_still_videos": _drift([row for row in rows if row["asked"] == "still"]),
     }
+
+
+def _by_motion(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Returns {motion: [seams over which it goes on, seams]}."""
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        for verdict in row["goes_on"]:
+            if verdict is not None:
+                right, of = found.get(row["asked"], [0, 0])
+                found[row["asked"]] = [right + verdict, of + 1]
+    return found
 
 
 def _drift(rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:

@@ -427,7 +427,7 @@ def plot(summary: dict[str, Any], boundary: float, file: Path) -> None:
         axes.plot(np.flatnonzero(chosen) + 1, points[chosen, 1], marker=".", label=name)
     axes.set(
         xlabel="step",
-        ylabel="residual norm / residual norm of the step before",
+        ylabel="residual norm / that of the step before",
         title="tiny: residual magnitude ratios",
     )
     axes.grid(alpha=0.3)
