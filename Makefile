@@ -84,7 +84,7 @@ tiny-quality: .venv/dev training/photographs.zip
 
 tiny-quality-256: .venv/dev training/photographs.zip
 	$(BIN)/python -m wanfast.quality --photographs training/photographs.zip --side 256 --frames 33 --device cuda \
-		--processes 4 --output benchmarks/results/tiny-quality-256.json
+		--processes 16 --output benchmarks/results/tiny-quality-256.json
 
 tiny-kinds: .venv/dev training/photographs.zip
 	$(BIN)/python -m wanfast.quality.kinds --photographs training/photographs.zip \
@@ -122,7 +122,7 @@ tiny-examples: generate
 
 # It needs Chromium, which takes the picture of the page.
 tiny-bench: bench
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1155,874 --screenshot=docs/bench.png out/bench/report.html
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1480,1010 --screenshot=docs/bench.png out/bench/report.html
 
 # training/README.md lists what these are, and how long each one takes.
 tiny-tables: .venv/dev training/photographs.zip

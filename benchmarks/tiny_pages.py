@@ -19,6 +19,9 @@ import kinds_table
 from page_block import declaration, with_block
 from projection import RESULTS
 
+from wanfast.quality.camera import CAMERAS
+from wanfast.quality.motions import MOTIONS
+
 OWN = RESULTS / "tiny-tables.json"
 CARD = "wanfast/assets/tiny/README.md"
 MOVERS = {"shape": "shapes", "camera": "a camera over photographs"}
@@ -39,7 +42,7 @@ def written(root: Path) -> dict[str, str]:
         "docs/fp8-attention.md": {"error of a head": in_fp8},
         "docs/sparse-attention.md": {attention_table.BLOCK: attention},
         kinds_table.PAGE: {kinds_table.BLOCK: lambda results: kinds_table.lines(results.root)},
-        CARD: {"table": card, "photographs": lambda results: photographs(results.root)},
+        CARD: {"prompts": prompts, "table": card, "photographs": lambda results: photographs(results.root)},
     }
     found = {}
     for page, blocks in parts.items():
@@ -203,6 +206,13 @@ def card(results: Results) -> list[str]:
     return [*judged(results, rows), "", *results.footnote("quality", *results.figures)]
 
 
+def prompts(_: Results) -> list[str]:
+    """Returns the table of the phrases by which prompts ask for a motion; the model knows no others."""
+    rows = [[f"`{phrase.rstrip('.')}`" for phrase in camera.phrases] for camera in CAMERAS.values()]
+    rows += [[f"`The red star {phrase}`" for phrase in motion.phrases] for motion in MOTIONS.values()]
+    return table(["say", "or", "or"], rows)
+
+
 def schemes(results: Results) -> list[str]:
     """Returns the table of the videos with experts in 8 bits, compared with the videos without a scheme."""
     rows = [["none", *_of_scheme(results, "tiny-quality")]]
@@ -240,15 +250,15 @@ def lossy(results: Results) -> list[str]:
     psnr = results.shown("tiny-magcache", f"{row}/psnr_unskipped", ".1f dB")
     name = f"`--magcache {OF_README.split(',')[0]} --magcache-joint off`, {share} of the forwards skipped"
     rows.append([name, results.shown("magcache-h200", "ratio", ".3f"), "", f"{psnr}[^tiny]"])
-    for option, kind, way, density in (
-        (f"sparse --density {DENSITY}", "sparse", "uniform", DENSITY),
-        ("fa3-fp8", "fp8", "fp8", None),
+    found = [(row["way"], row["asked_density"]) for row in results.value("tiny-attention", "rows")]
+    for option, ratio, way, density in (
+        (f"sparse --density {DENSITY}", "guards/bf16 linears, sparse", "uniform, guarded", DENSITY),
+        ("fa3-fp8`, in all steps", "ways/bf16 linears, fp8", "fp8", None),
     ):
-        found = [(row["way"], row["asked_density"]) for row in results.value("tiny-attention", "rows")]
+        gain = results.shown("lossy-h200", f"{ratio}/ratio", ".3f")
         psnr = results.shown("tiny-attention", f"rows/{found.index((way, density))}/psnr_dense", ".1f dB")
         compared = f"{psnr} to dense attention, {results.value('tiny-attention', 'pairs')} pairs[^tiny]"
-        gain = results.shown("lossy-h200", f"guards/bf16 linears, {kind}/ratio", ".3f")
-        rows.append([f"`--attention {option}`", gain, "", compared])
+        rows.append([f"`--attention {option}{'' if '`' in option else '`'}", gain, "", compared])
     gain = results.ratio("vae-h200", "seconds/decode bf16", "seconds/decode tf32", ".3f")
     psnr = results.shown("tiny-lossy", "decoder_bf16_psnr", ".1f dB")
     name = "`--vae-precision bf16`, the default, compared with `fp32`"

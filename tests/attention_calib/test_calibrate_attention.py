@@ -89,7 +89,7 @@ def test_a_plan_is_calibrated_stored_and_used(wanfast: Wanfast, folder: Path) ->
     blocks = [2 if density == LADDER[0] else 3 for layers in densities for layer in layers for density in layer]
     assert sparsity["mean_density"] == pytest.approx(sum(blocks) / len(blocks) / 3, abs=1e-4)
     check = made.document["attention_check"]
-    assert check["mean"] == pytest.approx(found["mean_error"], rel=0.3)  # another clip
+    assert check["mean"] == pytest.approx(found["mean_error"], rel=0.5)  # another clip
     repeated = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json")
     assert repeated.document["output_sha256"] == made.document["output_sha256"]
     other = wanfast("generate", "--from", "out.json", "--density", "1", "--output", "b.mp4", "--json", "--dry-run")
@@ -113,7 +113,7 @@ def test_heads_may_be_in_float8(wanfast: Wanfast, folder: Path) -> None:
     assert made.document["plan"]["sparsity"]["plan"]["key"] == key
     of_heads = [2 if density == LADDER[0] else 0.75 * 3 for density in heads]
     assert made.document["plan"]["sparsity"]["mean_density"] == pytest.approx(sum(of_heads) / 90, abs=1e-4)
-    assert made.document["attention_check"]["mean"] == pytest.approx(found["mean_error"], rel=0.3)  # another clip
+    assert made.document["attention_check"]["mean"] == pytest.approx(found["mean_error"], rel=0.5)  # another clip
     again = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json")
     assert again.document["output_sha256"] == made.document["output_sha256"]
     shown = wanfast(*(word for word in PLANNED if word != "--json"), "--dry-run", "--dense-layers", "0")

@@ -67,6 +67,21 @@ def test_a_motion_that_turns_back_stops_or_is_lost_does_not_go_on(motion: str) -
         assert goes_on(wrong, "shape", scene, share) is False
 
 
+@pytest.mark.parametrize(("degrees", "goes"), [(0, True), (50, True), (-50, True), (70, False), (-70, False)])
+def test_a_circle_turns_at_a_seam_as_inside_a_clip(monkeypatch: pytest.MonkeyPatch, degrees: int, goes: bool) -> None:
+    """The direction after a seam is compared with the expected one, which a circle reaches by a turn of 45 degrees."""
+    scene, share = scene_that("circle"), 2 / STEPS
+    known, tolerance = kinds._judge_of("shape", scene)
+    start, end = known([0.0, share]), known([1 - share, 1.0])
+    before, after = (end[1] - end[0]) / tolerance, (start[1] - start[0]) / tolerance
+    assert before @ after / np.linalg.norm(before) / np.linalg.norm(after) == pytest.approx(2**-0.5)
+    turn = np.exp(1j * np.radians(degrees)) * complex(*after[:2])
+    path = np.stack((-before, 0 * before, [turn.real, turn.imag, *after[2:]])) * tolerance
+    monkeypatch.setattr(kinds, "_followed", lambda *_: path)
+    assert goes_on(np.zeros((5, 8, 8, 3), np.uint8), "shape", scene, share) is goes
+    assert np.allclose(kinds.turned(np.eye(4)[3], before, after), np.eye(4)[3])  # other quantities do not turn
+
+
 def test_a_still_shape_has_no_motion_that_could_go_on() -> None:
     scene = scene_that("still")
     assert chain_figures(true_chain(scene), "shape", scene)["goes_on"] == [None] * 3
@@ -99,6 +114,8 @@ def test_a_jump_at_a_seam_and_a_drift_of_colours_are_figures() -> None:
     chains = found["chains"]["shape"]
     assert (chains["smooth_videos"]["right"], chains["smooth_videos"]["of"]) == (2, 3)
     assert (chains["motion_goes_on"]["right"], chains["motion_goes_on"]["of"]) == (6, 6)
+    ((_, goes_on),) = chains["motion_goes_on_by_motion"].items()  # still shapes do not count
+    assert goes_on == [6, 6]
     assert chains["difference"]["seams"] > chains["difference"]["inside"] and found["between"] == {}
     for clip, drift in enumerate(chains["drift"], 1):
         assert drift["mean"] == pytest.approx([10 * clip / 3, 0, 0], abs=0.2)  # one of three

@@ -175,10 +175,11 @@ def test_resumed_training_is_the_same_training(
         if stage == "lora":
             return train_lora.fit(teacher(), [teacher_paths()], schedule, folder, [2])
         if stage == "experts-high_noise":
-            tiny = model_files.locate("tiny", "artifacts")
-            sets = experts()[1]
+            model, sets = experts()
+            export(SMALL, model, train_vae.build(SMALL.vae, "cpu"), tmp_path / "start")
+            start = model_files.locate(str(tmp_path / "start"), "artifacts")
             return train_experts.fit(
-                tiny.spec, sets, schedule, folder, "cpu", (2, 1), (0, 1), start=tiny, learning="high_noise"
+                SMALL, sets, schedule, folder, "cpu", (2, 1), (0, 1), start=start, learning="high_noise"
             )
         if stage != "experts":
             return train_vae.fit(SMALL.vae, pools(mix), schedule, folder, train_vae.TOY, stage)

@@ -58,11 +58,12 @@ from wanfast.runtime.engine.pixels import Frames
 from wanfast.runtime.jobs.generate import Joined
 from wanfast.runtime.machine.packages import commit, versions
 
+Vector = npt.NDArray[np.float64]
 CLIPS = 4
 _LASTING = ("circle", "spin", "still")  # motions of a shape that stays in the frame, however often they are repeated
 _REACH = 2  # frames on each side of a seam in which the motion is followed
 _LEAST_SPEED = 0.25  # of the motion that the prompt asks for: a slower one has stopped
-_LEAST_COSINE = 0.5  # of the angle between the directions before and after: 60 degrees
+_LEAST_COSINE = 0.5  # of the angle between the direction after a seam and the one expected there: 60 degrees
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,14 @@ def goes_on(window: Frames, mover: Mover, scene: Scene, share: float) -> bool | 
     `window` [2 * n + 1, H, W, 3] has n frames on each side of the middle frame. `share`: the duration of n frames,
     divided by the duration of a clip.
     The motion goes on if two conditions hold. Before and after the middle frame, the speed is at least a quarter of the
-    speed that the prompt asks for. The two directions differ by at most 60 degrees.
+    speed that the prompt asks for. The direction after it differs by at most 60 degrees from the direction before it,
+    turned as the motion that the prompt asks for turns there: a circle turns by 45 degrees between these windows.
     Returns None if the prompt asks for no motion, and False if the motion cannot be followed in the frames.
     """
     known, tolerance = _judge_of(mover, scene)
-    start, end = known([0.0, share])
-    asked = float(np.linalg.norm((end - start) / tolerance))
+    start, end = (known([at, at + share]) / tolerance for at in (0.0, 1.0 - share))
+    leaving, arriving = start[1] - start[0], end[1] - end[0]
+    asked = float(np.linalg.norm(leaving))
     if asked == 0:
         return None
     path = _followed(window, mover, scene)
@@ -147,7 +150,18 @@ def goes_on(window: Frames, mover: Mover, scene: Scene, share: float) -> bool | 
     middle = len(path) // 2
     before, after = (path[middle] - path[0]) / tolerance, (path[-1] - path[middle]) / tolerance
     speeds = float(np.linalg.norm(before)), float(np.linalg.norm(after))
-    return min(speeds) >= _LEAST_SPEED * asked and float(before @ after) >= _LEAST_COSINE * speeds[0] * speeds[1]
+    expected = turned(before, arriving, leaving)
+    return min(speeds) >= _LEAST_SPEED * asked and float(expected @ after) >= _LEAST_COSINE * speeds[0] * speeds[1]
+
+
+def turned(v: Vector, before: Vector, after: Vector) -> Vector:
+    """Returns v, turned by the rotation that turns the direction of `before` into that of `after` and nothing else.
+
+    The two directions must not be opposite.
+    """
+    a, b = before / np.linalg.norm(before), after / np.linalg.norm(after)
+    both: Vector = v - (a + b) * ((a + b) @ v) / (1 + a @ b) + 2 * b * (a @ v)
+    return both
 
 
 def _judge_of(mover: Mover, scene: Scene) -> tuple[PathFn, npt.NDArray[np.float64]]:
@@ -215,12 +229,24 @@ def _figures_of_chains(rows: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "smooth_videos": share_of([bool(np.mean(row["seams"]) <= np.percentile(row["inside"], 95)) for row in rows]),
         "motion_goes_on": share_of(moving) if moving else None,
+        "motion_goes_on_by_motion": _by_motion(rows),
         "prompt_following": [
             share_right([row["asked"] for row in rows], [row["shown"][clip] for row in rows]) for clip in range(CLIPS)
         ],
         "drift": _drift(rows),
         "drift_of_still_videos": _drift([row for row in rows if row["asked"] == "still"]),
     }
+
+
+def _by_motion(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Returns {motion: [seams over which it goes on, seams]}."""
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        for verdict in row["goes_on"]:
+            if verdict is not None:
+                right, of = found.get(row["asked"], [0, 0])
+                found[row["asked"]] = [right + verdict, of + 1]
+    return found
 
 
 def _drift(rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
