@@ -73,7 +73,7 @@ def _legend(document: dict[str, Any]) -> str:
     return (
         f"{document['pairs']} pairs of image and prompt, {document['steps']} steps, {document['hardware']}, "
         f"torch {document['versions']['torch']} ({document['commit']}). Of {sum(way['pairs'] for way in compared)} "
-        f"videos by a calibrated plan, {' and '.join(better)} than by the uniform plan above it."
+        f"videos by a calibrated plan, so many beat the one by the uniform plan above it: {' and '.join(better)}."
     )
 
 

@@ -20,8 +20,9 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -32,7 +33,7 @@ from torch import Tensor
 from training import clips, train_experts, train_lora, train_vae
 from training.clips import FOR_VAE, Mix
 from training.export import export
-from training.loop import Schedule, load_ema, prepare_torch, steps_made
+from training.loop import Schedule, load_ema, prepare_torch, save, steps_made
 from training.photographs import PACK
 from training.spec import SPEC
 from training.train_experts import STAGE as EXPERT_STAGE
@@ -187,27 +188,27 @@ def rendered(stage: str, kinds: Sequence[Windows], options: argparse.Namespace) 
     mix = Mix(options.photographs, options.device, FOR_VAE)
     options.folder.mkdir(parents=True, exist_ok=True)
 
-    def make(number: int, kind: Windows) -> Tensor:
-        return train_vae.render(mix, kind, 10_000_000 * (number + 1))
+    return stored(
+        {
+            f"{stage}-windows-{number}.pt": partial(train_vae.render, mix, kind, 10_000_000 * (number + 1))
+            for number, kind in enumerate(kinds)
+        },
+        options,
+    )
 
-    return stored([f"{stage}-windows-{number}.pt" for number in range(len(kinds))], kinds, make, options)
 
-
-def stored(
-    names: Sequence[str], kinds: Sequence[Any], make: Callable[[int, Any], Any], options: argparse.Namespace
-) -> list[Any] | None:
-    """Returns the contents of the files `names`, one for each kind; `make(number, kind)` makes a missing one.
+def stored(makers: Mapping[str, Callable[[], Any]], options: argparse.Namespace) -> list[Any] | None:
+    """Returns the contents of files, one for each {name: function that makes the contents of a missing file}.
 
     Returns None if `options.deadline` passes before the last file is read. Files that were made stay for the next call.
     """
     found = []
-    for number, (name, kind) in enumerate(zip(names, kinds, strict=True)):
+    for name, make in makers.items():
         if monotonic() > options.deadline:
             return None
         file = options.folder / name
         if not file.exists():
-            torch.save(make(number, kind), file.with_suffix(".partial"))
-            file.with_suffix(".partial").replace(file)
+            save(make(), file)
         found.append(torch.load(file, map_location=options.device, weights_only=True))
     return found
 
@@ -292,11 +293,13 @@ def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Names
     further = _further(started(options)) if options.start else 0
     first = {10_000_000 * (number + 1) + further: kind for number, kind in chosen(kinds, options).items()}
 
-    def make(index: int, kind: Kind) -> dict[str, Tensor]:
-        return vars(train_experts.encode_clips(vae, mix, kind, list(first)[index]))
+    def make(number: int, kind: Kind) -> dict[str, Tensor]:
+        return vars(train_experts.encode_clips(vae, mix, kind, number))
 
-    names = [f"clips-{number}-{kind.clips}-{digest}.pt" for number, kind in first.items()]
-    sets = stored(names, list(first.values()), make, options)
+    sets = stored(
+        {f"clips-{number}-{kind.clips}-{digest}.pt": partial(make, number, kind) for number, kind in first.items()},
+        options,
+    )
     for kind, each in zip(first.values(), sets or (), strict=False):
         print(f"experts: {kind.clips} clips, latents {list(each['z'].shape[1:])}", flush=True)
     return sets and [Clips(**each) for each in sets]
@@ -340,14 +343,12 @@ def paths_of(
     """
     vae, mix = build_vae(files, options.device), Mix(options.photographs, options.device)
 
-    made = chosen(kinds, options)
-
-    def make(index: int, kind: Kind) -> dict[str, Tensor]:
-        number = list(made)[index]
+    def make(number: int, kind: Kind) -> dict[str, Tensor]:
         clips = train_experts.encode_clips(vae, mix, kind, 10_000_000 * (number + 1) + 5_000_000)
         return vars(train_lora.paths(model, clips, kind.batch, number))
 
-    sets = stored([f"lora-paths-{number}.pt" for number in made], list(made.values()), make, options)
+    wanted = chosen(kinds, options)
+    sets = stored({f"lora-paths-{number}.pt": partial(make, number, kind) for number, kind in wanted.items()}, options)
     return sets and [Paths(**each) for each in sets]
 
 

@@ -98,12 +98,10 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
     log_file = folder / f"{name}.jsonl"
     _forget_lines_after(log_file, step)
 
-    def save() -> None:
+    def save_all() -> None:
         state = {"network": network.state_dict(), "ema": average, "step": step}
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        partial = file.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(file)
+        save(state, file)
 
     generator = torch.Generator(device).manual_seed(schedule.seed)
     gradients = _gradients(trained, loss)
@@ -138,10 +136,17 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
             step += 1
             if monotonic() - saved > schedule.save_every * 60:
                 saved = monotonic()
-                save()
-    save()
+                save_all()
+    save_all()
     print(f"{name}: {step} of {schedule.steps} steps", flush=True)
     return step >= schedule.steps
+
+
+def save(state: object, file: Path) -> None:
+    """Writes `file` with torch.save; a killed process leaves the file as it was, and two processes may write it."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    torch.save(state, partial)
+    partial.replace(file)
 
 
 def _optimizers(network: nn.Module, schedule: Schedule) -> tuple[Muon, torch.optim.AdamW]:

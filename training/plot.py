@@ -24,9 +24,7 @@ def lines(log: Path, terms: tuple[str, ...]) -> dict[str, tuple[list[int], list[
     """Returns {term of the loss and shape of the batch: (steps, values)}; a moving average smooths the values."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for row in map(json.loads, log.read_text().splitlines()):
-        for term in terms:
-            if term not in row:  # the loss of an expert that does not learn
-                continue
+        for term in (term for term in terms if term in row):  # an expert that does not learn has no loss
             steps, values = found.setdefault(f"{term} {'x'.join(map(str, row['batch']))}", ([], []))
             before = values[-1] if values else row[term]
             steps.append(row["step"])

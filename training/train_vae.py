@@ -10,20 +10,18 @@ latents.
 
 from __future__ import annotations
 
-import os
 import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from training.clips import LARGE, SMALL, Format, Mix
-from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, load_ema, train
+from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, load_ema, save, train
 from wanfast.quality.world import Scene
 from wanfast.runtime.facts.model_spec import VAESpec
 from wanfast.runtime.models.vae import (
@@ -206,7 +204,7 @@ def finish(spec: VAESpec, mix: Mix, folder: Path, clips: int) -> None:
         parameter.copy_(value)
     measured = measure_latents(vae, mix, clips)
     facts = {"latents_mean": measured.latents_mean, "latents_std": measured.latents_std}
-    _write(folder, {**weights, **facts})
+    save({**weights, **facts}, folder / FINISHED)
 
 
 def take(files: ModelFiles, folder: Path) -> None:
@@ -214,20 +212,14 @@ def take(files: ModelFiles, folder: Path) -> None:
     weights = [parameter.detach().bfloat16() for parameter in build_vae(files, "cpu").parameters()]
     spec = files.spec.vae
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, {"ema": weights, "latents_mean": spec.latents_mean, "latents_std": spec.latents_std})
+    save({"ema": weights, "latents_mean": spec.latents_mean, "latents_std": spec.latents_std}, folder / FINISHED)
 
 
 def finish_decoder(folder: Path) -> None:
     """Writes the decoder of the third stage into FOLDER/vae-finished.pt."""
     trained = torch.load(folder / f"{DECODER_STAGE}.pt", map_location="cpu", weights_only=True)["ema"]
     state = torch.load(folder / FINISHED, map_location="cpu", weights_only=True)
-    _write(folder, {**state, "ema": [value.bfloat16() for value in trained]})
-
-
-def _write(folder: Path, state: dict[str, Any]) -> None:
-    partial = folder / f"{FINISHED}.{os.getpid()}"  # another process may write the same VAE
-    torch.save(state, partial)
-    partial.replace(folder / FINISHED)
+    save({**state, "ema": [value.bfloat16() for value in trained]}, folder / FINISHED)
 
 
 def finished(spec: VAESpec, folder: Path) -> VAESpec:

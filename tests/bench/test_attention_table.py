@@ -40,5 +40,5 @@ def test_each_way_has_a_row_and_each_figure_its_path() -> None:
     assert made[1] == "| uniform | 0.50 | 0.200 | 0.400 | 31.4 dB | 0.9555 | 3 of 4 | not: SSIM, error |"
     assert made[2] == "| calibrated | 0.49 | 0.100 | 0.200 | 31.4 dB | 0.9555 | 3 of 4 | not: SSIM |"
     assert made[3] == "| fp8 | — | 0.020 | 0.040 | 31.4 dB | 0.9555 | 3 of 4 | holds |"
-    assert empty == "" and "Of 4 videos by a calibrated plan, 3 with a smaller error and 1 with a higher PSNR" in legend
+    assert empty == "" and legend.endswith(": 3 with a smaller error and 1 with a higher PSNR.")
     assert "0.200 = rows/1/mean_error; 0.400 = rows/1/largest_error; 31.4 dB = rows/1/psnr_dense" in figures
