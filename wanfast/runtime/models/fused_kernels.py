@@ -21,6 +21,7 @@ from torch import Tensor
 from wanfast.runtime.models.tokens import LARGEST
 
 _ROWS = 8  # of a program of `heads_to_fp8`
+_WARPS = 4  # of the same program
 _LEAST_DOT = 16  # rows that a product on tensor cores needs
 wrap_triton: Callable[[Any], Any] = lambda kernel: kernel  # noqa: E731 - torch's own after `make_operators`
 
@@ -149,7 +150,7 @@ def heads_to_fp8(
         CENTRED=centre is not None,
         PARTS=parts,
         ROWS=_ROWS,
-        num_warps=4,
+        num_warps=_WARPS,
     )
     return out
 
