@@ -138,7 +138,7 @@ def test_the_host_does_not_wait_for_lists() -> None:
 @pytest.mark.parametrize("hadamard", [True, False])
 @torch.inference_mode()
 def test_norm_rotation_and_rounding_in_one_pass(monkeypatch: pytest.MonkeyPatch, parts: int, hadamard: bool) -> None:
-    """At the A14B's width; sums in another order may round a value to the next float8 number."""
+    """At the A14B's width. Rounding to float16, before the Hadamard matrix, may change which float8 number is nearest."""
     generator = torch.Generator("cuda").manual_seed(0)
     wide = torch.randn(1, 1000, 3 * 5120, generator=generator, device="cuda").bfloat16()
     scale, centre = torch.rand(40, device="cuda") + 0.02, torch.randn(40, 128, device="cuda")
@@ -151,8 +151,8 @@ def test_norm_rotation_and_rounding_in_one_pass(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(fused, "_by_kernel", lambda x: False)
     expected = fused.heads_to_fp8(wide[..., 5120:10240], scale, centre, parts=parts, **steps)  # type: ignore[arg-type]
     assert got.shape == expected.shape
-    assert float((got.view(torch.uint8) == expected.view(torch.uint8)).double().mean()) > 0.999
-    assert relative_error(got.float(), expected.double()) <= 2e-3
+    assert float((got.view(torch.uint8) == expected.view(torch.uint8)).double().mean()) > (0.99 if hadamard else 0.999)
+    assert relative_error(got.float(), expected.double()) <= (1e-2 if hadamard else 2e-3)
 
 
 @needs_fa3

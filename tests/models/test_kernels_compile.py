@@ -16,16 +16,16 @@ from wanfast.runtime.models import fused_kernels, router_kernel
 
 FACTS = {"eps": 1e-6, "d": 5120, "BLOCK": 8192, "GATED": True, "GELU": True}
 FACTS |= {"ROTATED": True, "PAIRS_A_HEAD": 64, "PARTS": 4}
-FACTS |= {"NORMED": True, "CENTRED": True, "STAGES": 7, "ROOT": 128**-0.5, "HEAD_DIM": 128}
+FACTS |= {"NORMED": True, "CENTRED": True, "HADAMARD": True, "HEADS": 40, "D": 128, "ROWS": 32, "TILE": 8, "GROUP": 8}
 FACTS |= {"SCALE": 128**-0.5, "LANES": 128, "TILE": router_kernel._TILE}
-COUNTS = dict.fromkeys(("stride", "quarters", "blocks", "first", "last"), "i32")
+COUNTS = dict.fromkeys(("stride", "rows", "quarters", "blocks", "first", "last"), "i32")
 OUTPUTS = ("*bf16", 0.0), ("*i8", 127.0), ("*fp8e4nv", 448.0)
 KERNELS = {"_add_layer_norm": OUTPUTS, "_quantize_tokens": OUTPUTS[1:], "_rms_norm_rotate": OUTPUTS[:1]}
 KERNELS |= {"_heads_to_fp8": OUTPUTS[2:], "_choice_scores": (("*fp32", 0.0),)}
 for name, outputs in KERNELS.items():
     kernel = getattr(router_kernel if name == "_choice_scores" else fused_kernels, name)
     for out, largest in outputs:
-        facts = FACTS | {"LARGEST": largest}
+        facts = FACTS | {"LARGEST": largest} | ({"BLOCK": 128} if name == "_heads_to_fp8" else {})
         signature, constants = {}, {}
         for parameter in kernel.params:
             pointer = parameter.name.endswith("_ptr")

@@ -30,7 +30,6 @@ from torch import Tensor
 from wanfast.runtime.facts.fp8_schedule import can_rotate
 from wanfast.runtime.models.attention_kernels import is_importable
 from wanfast.runtime.models.fused import heads_to_fp8
-from wanfast.runtime.models.hadamard import hadamard_rotated
 from wanfast.runtime.models.operators import opaque
 from wanfast.runtime.models.tokens import FP8, LARGEST
 
@@ -63,7 +62,7 @@ class Scaling(NamedTuple):
     """
 
     scales: Tensor  # [3, H]
-    k_centre: Tensor  # [H, D], rotated like k
+    k_centre: Tensor  # [H, D]
     v_centre: Tensor  # [H, D]
 
     def of_heads(self, first: int, count: int) -> Scaling:
@@ -102,12 +101,12 @@ def statistics(k_SHD: Tensor, v_BLd: Tensor, rows: slice) -> Tensor:
     return found
 
 
-def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool, centres_v: bool = True) -> Scaling:
+def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, centres_v: bool = True) -> Scaling:
     """Returns the `Scaling` of all heads.
 
     `parts_P5d`: the `statistics` of each of the P ranks. `norms_2H`: for each head, an upper bound of the norms of q
-    and an upper bound of the norms of k. `hadamard`: whether q and k are multiplied by a Hadamard matrix. `centres_v`:
-    whether a constant is subtracted from v; false serves only to measure how much the subtraction helps.
+    and an upper bound of the norms of k. `centres_v`: whether a constant is subtracted from v; false serves only to
+    measure how much the subtraction helps.
     """
     k_sum, v_sum, count = parts_P5d[:, :3].sum(0)
     least, largest = parts_P5d[:, 3].amin(0), parts_P5d[:, 4].amax(0)
@@ -115,10 +114,11 @@ def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool, centres_v: b
     k_mean, centre, least, largest = (
         rearrange(x.float(), "(H D) -> H D", H=heads) for x in (k_sum / count, v_sum / count, least, largest)
     )
-    centre = centre if centres_v else torch.zeros_like(centre)
+    # Rounded, so that the centre is exact in bf16, in which `fp8_attention` adds it to the output.
+    centre = centre.bfloat16().float() if centres_v else torch.zeros_like(centre)
     # |k - mean| is at most twice the largest norm.
     limits = torch.stack((norms_2H[0], 2 * norms_2H[1], torch.maximum(largest - centre, centre - least).amax(1)))
-    return Scaling(scale_of(limits), hadamard_rotated(k_mean) if hadamard else k_mean, centre)
+    return Scaling(scale_of(limits), k_mean, centre)
 
 
 def largest_norms(weights: tuple[Tensor, Tensor], num_heads: int) -> Tensor:
@@ -144,7 +144,7 @@ def attention_in_fp8(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
     rows, hadamard = sampled_rows(0, k_BLHD.shape[1], k_BLHD.shape[1]), can_rotate(q_BLHD.shape[-1])
     norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax((0, 1)) for x in (q_BLHD, k_BLHD)]
     q, k, v = (x.flatten(2) for x in (q_BLHD, k_BLHD, v_BLHD))
-    found = scaling(statistics(k_BLHD[0, rows], v, rows)[None], torch.stack(norms), hadamard=hadamard)
+    found = scaling(statistics(k_BLHD[0, rows], v, rows)[None], torch.stack(norms))
     q8, k8, v8 = (
         heads_to_fp8(x, scale, centre, hadamard=hadamard and x is not v)[0]
         for x, scale, centre in zip((q, k, v), found.scales, (None, *found[1:]), strict=True)
@@ -160,7 +160,8 @@ def fp8_attention(heads: Fp8Heads, dtype: torch.dtype) -> Tensor:
 @opaque("wanfast::fp8_attention", shape=lambda q, k, v, scales, v_centre, dtype: q.new_empty(q.shape, dtype=dtype))
 def _fp8_attention(q: Tensor, k: Tensor, v: Tensor, scales: Tensor, v_centre: Tensor, dtype: torch.dtype) -> Tensor:
     out = (_by_fa3() if q.is_cuda else emulated)(Fp8Heads(q, k, v, scales, v_centre))
-    return out.add_(v_centre).to(dtype)  # FlashAttention-3 has already rounded to bf16; the emulation has not rounded
+    # FlashAttention-3 has already rounded to bf16, and the emulation has not rounded. In one dtype, addition is fast.
+    return out.add_(v_centre.to(out.dtype)).to(dtype)
 
 
 def _by_fa3() -> Callable[[Fp8Heads], Tensor]:

@@ -104,8 +104,8 @@ def heads_to_fp8(
     order:
     * `norm` (weight, epsilon): RMS norm over all heads together;
     * `rope`: rotation by these tables;
-    * `hadamard`: multiplication by a Hadamard matrix;
-    * `centre_HD`: subtraction of this tensor.
+    * `centre_HD`: subtraction of this tensor;
+    * `hadamard`: multiplication by a Hadamard matrix.
     """
     if _by_kernel(x_BLd):
         weight, eps = norm or (None, 0.0)
@@ -116,8 +116,8 @@ def heads_to_fp8(
     x = x if norm is None else F.rms_norm(x, norm[0].shape, *norm)
     x = rearrange(x, "B L (H D) -> B L H D", H=len(scale_H))
     x = apply_rotary(x, rope) if rope else x
-    x = hadamard_rotated(x) if hadamard else x
-    x = (x if centre_HD is None else x - centre_HD) / scale_H[:, None]
+    x = x if centre_HD is None else x - centre_HD
+    x = (hadamard_rotated(x) if hadamard else x) / scale_H[:, None]
     rounded = x.clamp(-LARGEST[FP8], LARGEST[FP8]).to(FP8)
     return rearrange(rounded, "B L (P h) D -> P B L h D", P=parts).contiguous()
 

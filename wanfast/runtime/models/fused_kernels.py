@@ -1,4 +1,4 @@
-"""These Triton kernels implement the functions of `fused`: each program instance loads rows of d values, only once.
+"""These Triton kernels implement the functions of `fused`: each program instance loads one row of d values, only once.
 
 At d = 5120 a row is padded to 8192 lanes; the lanes beyond d read and write nothing. The kernels are memory-bound: they
 reach 2.7 of an H100's 3.35 TB/s (LOG.md). For compiled blocks, `make_operators` registers each kernel as an operator of
@@ -20,9 +20,7 @@ from torch import Tensor
 
 from wanfast.runtime.models.tokens import LARGEST
 
-_ROWS = 8  # of a program of `heads_to_fp8`
-_WARPS = 4  # of the same program
-_LEAST_DOT = 16  # rows that a product on tensor cores needs
+_ROWS, _TILE, _GROUP, _WARPS = 32, 8, 8, 8  # of a program of `heads_to_fp8`
 wrap_triton: Callable[[Any], Any] = lambda kernel: kernel  # noqa: E731 - torch's own after `make_operators`
 
 
@@ -122,14 +120,14 @@ def heads_to_fp8(
     """Divides each head of x [B, L, d] by the head's `scale`, and returns the result in float8 e4m3.
 
     The result is [parts, B, L, d / parts]: the heads are split into `parts` equal groups. `scale` is [H].
-    Before the division, up to four steps run in this order: x / rms(x) * weight, rotation by cos and sin, the Hadamard
-    matrix, and x - centre. A step is left out if its argument is None or False. `centre` is [H, D]. x may be a column
+    Before the division, up to four steps run in this order: x / rms(x) * weight, rotation by cos and sin, x - centre, and
+    the Hadamard matrix. A step is left out if its argument is None or False. `centre` is [H, D]. x may be a column
     slice of a larger tensor.
     """
     d, heads = x.shape[-1], scale.numel()
     assert x.stride(-1) == 1, "the values of a row must be adjacent"
     out = torch.empty((parts, *x.shape[:-1], d // parts), dtype=torch.float8_e4m3fn, device=x.device)
-    (rows,) = _grid(x)
+    rows, D = x.numel() // d, d // heads
     wrap_triton(_heads_to_fp8)[(triton.cdiv(rows, _ROWS),)](
         x,
         x.stride(-2),
@@ -141,16 +139,19 @@ def heads_to_fp8(
         out,
         rows,
         eps=eps,
-        d=d,
-        HEADS=max(_LEAST_DOT, triton.next_power_of_2(heads)),
-        HEAD_DIM=d // heads,
+        HEADS=heads,
+        D=D,
         NORMED=weight is not None,
         ROTATED=cos is not None,
-        HADAMARD=hadamard,
         CENTRED=centre is not None,
+        HADAMARD=hadamard,
         PARTS=parts,
         ROWS=_ROWS,
+        TILE=_TILE,
+        GROUP=_GROUP,
+        BLOCK=triton.next_power_of_2(D),
         num_warps=_WARPS,
+        num_stages=1,
     )
     return out
 
@@ -219,12 +220,12 @@ def _rms_norm_rotate(
     eps: tl.constexpr, d: tl.constexpr, PAIRS_A_HEAD: tl.constexpr, ROTATED: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * stride + lanes, lanes < d, 0.0).to(tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * stride + lanes, lanes < d, 0.0).to(tl.float32)
     x = _rms_normed(x, weight_ptr, eps, d, BLOCK)
     if ROTATED:
-        x = _rotated(x, row, cos_ptr, sin_ptr, PAIRS_A_HEAD, BLOCK)
-    _store_heads(x, row, tl.num_programs(0), out_ptr, d, PARTS, BLOCK)
+        x = _rotated(x, cos_ptr, sin_ptr, PAIRS_A_HEAD, BLOCK)
+    _store_heads(x, out_ptr, d, PARTS, BLOCK)
 
 
 @triton.jit
@@ -234,60 +235,108 @@ def _rms_normed(x, weight_ptr, eps: tl.constexpr, d: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _rotated(x, row, cos_ptr, sin_ptr, PAIRS_A_HEAD: tl.constexpr, BLOCK: tl.constexpr):
+def _rotated(x, cos_ptr, sin_ptr, PAIRS_A_HEAD: tl.constexpr, BLOCK: tl.constexpr):
     even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
-    pairs = row * PAIRS_A_HEAD + tl.arange(0, BLOCK // 2) % PAIRS_A_HEAD
+    pairs = tl.program_id(0).to(tl.int64) * PAIRS_A_HEAD + tl.arange(0, BLOCK // 2) % PAIRS_A_HEAD
     cos, sin = tl.load(cos_ptr + pairs), tl.load(sin_ptr + pairs)
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
 
 
 @triton.jit
-def _hadamard_matrix(D: tl.constexpr):
-    """Returns the Hadamard matrix [D, D] of ones and minus ones in Sylvester's order; D is at most 256."""
-    channels = tl.arange(0, D)
-    common = channels[:, None] & channels[None, :]
-    common ^= common >> 4
-    common ^= common >> 2
-    common ^= common >> 1
-    return (1 - 2 * (common & 1)).to(tl.float32)
-
-
-@triton.jit
-def _times(x, matrix, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Returns x @ matrix / sqrt(D) [BLOCK] for x [heads, D]; tensor cores round x to TF32, float8 is far coarser."""
-    return tl.reshape(tl.dot(x, matrix, input_precision="tf32"), (BLOCK,)) * HEAD_DIM**-0.5
-
-
-@triton.jit
-def _store_heads(x, row, rows, out_ptr, d: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores row `row` of `rows` as [PARTS, rows, d / PARTS]."""
+def _store_heads(x, out_ptr, d: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores a row as [PARTS, rows, d / PARTS]."""
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     width: tl.constexpr = d // PARTS
-    place = ((lanes // width).to(tl.int64) * rows + row) * width + lanes % width
+    place = (lanes // width * rows + row) * width + lanes % width
     tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), lanes < d)
 
 
 @triton.jit
 def _heads_to_fp8(
     x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, rows,
-    eps: tl.constexpr, d: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NORMED: tl.constexpr,
-    ROTATED: tl.constexpr, HADAMARD: tl.constexpr, CENTRED: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    eps: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, NORMED: tl.constexpr, ROTATED: tl.constexpr,
+    CENTRED: tl.constexpr, HADAMARD: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes ROWS rows, so that it makes the Hadamard matrix only once."""
-    BLOCK: tl.constexpr = HEADS * HEAD_DIM
-    lanes = tl.arange(0, BLOCK)
-    mask = lanes < d
-    matrix = _hadamard_matrix(HEAD_DIM)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    for row in range(first, min(first + ROWS, rows)):
-        x = tl.load(x_ptr + row * stride + lanes, mask, 0.0).to(tl.float32)
+    """A program takes ROWS rows. A tile [TILE * GROUP, D] holds GROUP heads of TILE rows, one head in each line.
+
+    The tensor cores multiply a tile by the Hadamard matrix while the next tile is loaded, normed and rotated.
+    """
+    width: tl.constexpr = HEADS // PARTS
+    channels = tl.arange(0, BLOCK)
+    head = tl.arange(0, TILE * GROUP) % GROUP
+    matrix = _hadamard_matrix(BLOCK)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    for first in range(start, start + ROWS, TILE):
+        row = first + tl.arange(0, TILE * GROUP) // GROUP
+        exists = row < rows
+        factor = tl.full((TILE * GROUP,), D**-0.5 if HADAMARD else 1.0, tl.float32)
+        rms = factor
         if NORMED:
-            x = _rms_normed(x, weight_ptr, eps, d, BLOCK)
-        if ROTATED:
-            x = _rotated(x, row, cos_ptr, sin_ptr, HEAD_DIM // 2, BLOCK)
-        if HADAMARD:
-            x = _times(tl.reshape(x, (HEADS, HEAD_DIM)), matrix, HEAD_DIM, BLOCK)
-        if CENTRED:
-            x -= tl.load(centre_ptr + lanes, mask, 0.0)
-        x /= tl.load(scale_ptr + lanes // HEAD_DIM, mask, 1.0)
-        _store_heads(tl.clamp(x, -448.0, 448.0, tl.PropagateNan.ALL), row, rows, out_ptr, d, PARTS, BLOCK)
+            squares = tl.zeros((TILE * GROUP, BLOCK), tl.float32)
+            for group in range(0, HEADS, GROUP):
+                x = _tile(x_ptr, row * stride, exists, head + group, channels, HEADS, D)
+                squares += x * x
+            total = tl.sum(tl.reshape(tl.sum(squares, 1), (TILE, GROUP)), 1, keep_dims=True)
+            rms *= tl.reshape(tl.broadcast_to(tl.rsqrt(total / (HEADS * D) + eps), (TILE, GROUP)), (TILE * GROUP,))
+        x = _prepared(
+            x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, row, exists, head, channels, rms,
+            factor, HEADS, D, NORMED, ROTATED, CENTRED, HADAMARD,
+        )  # fmt: skip
+        for group in range(0, HEADS, GROUP):
+            y = x
+            if HADAMARD:
+                y = tl.dot(x, matrix)
+            x = _prepared(
+                x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, row, exists, head + group + GROUP,
+                channels, rms, factor, HEADS, D, NORMED, ROTATED, CENTRED, HADAMARD,
+            )  # fmt: skip
+            now = head + group
+            place = (((now // width * rows + row) * width + now % width) * D)[:, None] + channels[None, :]
+            place = tl.max_contiguous(tl.multiple_of(place, (1, 8)), (1, 8))  # stored in the layout of the loads
+            mask = (exists & (now < HEADS))[:, None] & (channels < D)[None, :]
+            tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask)  # values beyond +-448 become +-448
+
+
+@triton.jit
+def _prepared(
+    x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, row, exists, head, channels, rms, factor,
+    HEADS: tl.constexpr, D: tl.constexpr, NORMED: tl.constexpr, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
+    HADAMARD: tl.constexpr,
+):  # fmt: skip
+    """Returns a tile after all steps before the Hadamard matrix, and divided by its heads' scales."""
+    scale = tl.load(scale_ptr + head, head < HEADS, 1.0)
+    x = _tile(x_ptr, row * stride, exists, head, channels, HEADS, D) * (rms / scale)[:, None]
+    if NORMED:
+        x *= _tile(weight_ptr, row * 0, exists, head, channels, HEADS, D)
+    if ROTATED:
+        lines: tl.constexpr = x.shape[0]
+        PAIRS: tl.constexpr = x.shape[1] // 2
+        pairs = tl.arange(0, PAIRS)
+        known = exists[:, None] & (pairs < D // 2)[None, :]
+        place = (row * (D // 2))[:, None] + pairs[None, :]
+        cos, sin = tl.load(cos_ptr + place, known, 1.0), tl.load(sin_ptr + place, known, 0.0)
+        even, odd = tl.split(tl.reshape(x, (lines, PAIRS, 2)))
+        x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
+    if CENTRED:
+        x -= _tile(centre_ptr, row * 0, exists, head, channels, HEADS, D) * (factor / scale)[:, None]
+    return x.to(tl.float16) if HADAMARD else x
+
+
+@triton.jit
+def _tile(ptr, first, exists, head, channels, HEADS: tl.constexpr, D: tl.constexpr):
+    """Loads one head of a row in each line, in float32; what does not exist is 0."""
+    mask = (exists & (head < HEADS))[:, None] & (channels < D)[None, :]
+    return tl.load(ptr + (first + head * D)[:, None] + channels[None, :], mask, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _hadamard_matrix(D: tl.constexpr):
+    """Returns the Hadamard matrix [D, D] of ones and minus ones in Sylvester's order, in float16; D is at most 256."""
+    channels = tl.arange(0, D)
+    common = channels[:, None] & channels[None, :]
+    common ^= common >> 4
+    common ^= common >> 2
+    common ^= common >> 1
+    return (1 - 2 * (common & 1)).to(tl.float16)

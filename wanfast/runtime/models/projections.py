@@ -115,8 +115,7 @@ class Fp8Projections:
 
         `statistics_P5d`: the result of `statistics` on each of the P ranks.
         """
-        hadamard, centres_v = self._fp8.hadamard, self._fp8.centres_v
-        return scaling(statistics_P5d, self._norms, hadamard=hadamard, centres_v=centres_v)
+        return scaling(statistics_P5d, self._norms, centres_v=self._fp8.centres_v)
 
     def keys_and_values(self, scaling: Scaling, parts: int) -> tuple[Tensor, Tensor]:
         """Returns k and v in float8, with the heads divided into `parts` equal groups.
