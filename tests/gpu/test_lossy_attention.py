@@ -138,7 +138,7 @@ def test_the_host_does_not_wait_for_lists() -> None:
 @pytest.mark.parametrize("hadamard", [True, False])
 @torch.inference_mode()
 def test_norm_rotation_and_rounding_in_one_pass(monkeypatch: pytest.MonkeyPatch, parts: int, hadamard: bool) -> None:
-    """At the A14B's width. Rounding to float16, before the Hadamard matrix, may change which float8 number is nearest."""
+    """At the A14B's width. The kernel rounds to float16 before the Hadamard matrix, and sums in another order."""
     generator = torch.Generator("cuda").manual_seed(0)
     wide = torch.randn(1, 1000, 3 * 5120, generator=generator, device="cuda").bfloat16()
     scale, centre = torch.rand(40, device="cuda") + 0.02, torch.randn(40, 128, device="cuda")

@@ -120,8 +120,8 @@ def heads_to_fp8(
     """Divides each head of x [B, L, d] by the head's `scale`, and returns the result in float8 e4m3.
 
     The result is [parts, B, L, d / parts]: the heads are split into `parts` equal groups. `scale` is [H].
-    Before the division, up to four steps run in this order: x / rms(x) * weight, rotation by cos and sin, x - centre, and
-    the Hadamard matrix. A step is left out if its argument is None or False. `centre` is [H, D]. x may be a column
+    Before the division, up to four steps run in this order: x / rms(x) * weight, rotation by cos and sin, x - centre,
+    and the Hadamard matrix. A step is left out if its argument is None or False. `centre` is [H, D]. x may be a column
     slice of a larger tensor.
     """
     d, heads = x.shape[-1], scale.numel()
