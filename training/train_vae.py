@@ -28,7 +28,6 @@ from wanfast.runtime.models.vae import (
     WHOLE_FRAME,
     Downsample,
     PastQueue,
-    RMSNorm,
     Upsample,
     WanVAE,
     convolve_frames,
@@ -86,10 +85,6 @@ def build(spec: VAESpec, device: str) -> WanVAE:
     vae.to(device)
     if device.startswith("cuda"):
         vae.lay_out()
-        torch._dynamo.config.recompile_limit = 64
-        for module in vae.modules():
-            if isinstance(module, RMSNorm):
-                module.compile(dynamic=True)  # about half of all kernels belong to norms and SiLUs
     return vae
 
 

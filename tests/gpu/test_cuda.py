@@ -66,7 +66,7 @@ def test_the_models_equal_the_cpus(precision: builders.Precision) -> None:
         print(
             f"{name} {precision} on {torch.cuda.get_device_name()}: relative error {error:.1e}, of the CPU {of_cpu:.1e}"
         )
-        assert error <= max(1e-5, 1.5 * of_cpu)
+        assert error <= max(2e-5, 1.5 * of_cpu)  # float32 alone gives 1.2e-5 (H200)
 
 
 @pytest.mark.parametrize("noise_device", ["cpu", "cuda"])

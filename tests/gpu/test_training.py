@@ -1,6 +1,6 @@
 """Tests training on a GPU: a resumed run equals an uninterrupted one, bit for bit.
 
-The runs also compare their first gradients of each shape with those without compilation.
+The runs also compare their first gradients of each shape with those without a CUDA graph.
 """
 
 from __future__ import annotations
