@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wanfast.runtime.models.tokens import LARGEST
 
-_ROWS, _TILE, _GROUP, _WARPS = 32, 8, 8, 8  # of a program of `heads_to_fp8`
+_ROWS, _TILE, _GROUP, _WARPS, _REGISTERS = 32, 8, 8, 8, 128  # of a program of `heads_to_fp8`
 wrap_triton: Callable[[Any], Any] = lambda kernel: kernel  # noqa: E731 - torch's own after `make_operators`
 
 
@@ -152,6 +152,7 @@ def heads_to_fp8(
         BLOCK=triton.next_power_of_2(D),
         num_warps=_WARPS,
         num_stages=1,
+        maxnreg=_REGISTERS,
     )
     return out
 
