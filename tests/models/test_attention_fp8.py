@@ -158,10 +158,10 @@ def test_the_emulation_equals_the_formula_if_nothing_is_rounded() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 5])
 def test_shares_have_the_scaling_of_the_whole(ranks: int) -> None:
-    """Of 9,217 tokens, every second one is sampled; the last of five ranks holds fewer tokens."""
-    tokens, heads = 9217, 2
+    """Of 5,121 tokens, every second one is sampled; the last of five ranks holds fewer tokens."""
+    tokens, heads = 5121, 2
     k, v = (normal(1, tokens, heads, 16, seed=seed, dtype=torch.bfloat16).cpu() for seed in (0, 1))
-    v[0, 9000], v[0, 5000] = -20, 10  # the least and the largest values, of two ranks
+    v[0, 5000], v[0, 3000] = -20, 10  # the least and the largest values, of two ranks
     bounds = largest_norms((torch.rand(32), torch.rand(32)), heads)
 
     def of(first: int, count: int) -> Tensor:
@@ -174,8 +174,8 @@ def test_shares_have_the_scaling_of_the_whole(ranks: int) -> None:
     whole = scaling(of(0, tokens)[None], bounds)
     shared = scaling(torch.stack((*parts, nothing)), bounds)
     assert all(torch.equal(one, other) for one, other in zip(whole, shared, strict=True))
-    sampled = v[0, ::2].double().mean(0).float().bfloat16().double()
-    assert torch.equal(whole.v_centre.double(), sampled)
+    sampled = v[0, ::2].double().mean(0)
+    assert relative_error(whole.v_centre, sampled) <= 1e-6
     assert relative_error(whole.scales[2] * 448, (v[0].double() - sampled).abs().amax((0, 2))) <= 1e-6
     assert torch.equal(shared.of_heads(1, 1).v_centre[0], whole.v_centre[1])
 

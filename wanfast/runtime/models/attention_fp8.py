@@ -5,7 +5,7 @@ Three steps prepare q, k and v for the rounding. In exact arithmetic, none of th
 * A constant vector of each head is subtracted from all values, and added to the output: the rows of softmax sum to 1.
 * Queries and keys are multiplied by the same Hadamard matrix, which spreads large values of a few channels over
   all channels.
-The constants are means over tokens: over at least 4096 of them, or over all tokens of a short video. A constant must be
+The constants are means over tokens: over at least 2048 of them, or over all tokens of a short video. A constant must be
 the same for all tokens of a head, so the ranks of Ulysses add up their sums before they quantize.
 
 Each head has one scale for q, one for k and one for v. RMS norm bounds each vector of q and k, so that the scales of q
@@ -29,11 +29,11 @@ from torch import Tensor
 
 from wanfast.runtime.facts.fp8_schedule import can_rotate
 from wanfast.runtime.models.attention_kernels import is_importable
-from wanfast.runtime.models.fused import heads_to_fp8
+from wanfast.runtime.models.fused import add_to_heads, heads_to_fp8
 from wanfast.runtime.models.operators import opaque
 from wanfast.runtime.models.tokens import FP8, LARGEST
 
-_SAMPLED = 4096  # tokens that a mean needs at least, if there are as many
+_SAMPLED = 2048  # tokens that a mean needs at least, if there are as many
 _LARGEST_P = 256.0  # FlashAttention-3 multiplies P by this, so that P uses the range of float8
 _STEP, _BITS = 32, 12  # a tensor core adds the products of 32 keys to a sum, and keeps about 12 bits of it
 _QUERIES = 512  # that the emulation holds the scores of
@@ -114,8 +114,7 @@ def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, centres_v: bool = True) -> S
     k_mean, centre, least, largest = (
         rearrange(x.float(), "(H D) -> H D", H=heads) for x in (k_sum / count, v_sum / count, least, largest)
     )
-    # Rounded, so that the centre is exact in bf16, in which `fp8_attention` adds it to the output.
-    centre = centre.bfloat16().float() if centres_v else torch.zeros_like(centre)
+    centre = centre if centres_v else torch.zeros_like(centre)
     # |k - mean| is at most twice the largest norm.
     limits = torch.stack((norms_2H[0], 2 * norms_2H[1], torch.maximum(largest - centre, centre - least).amax(1)))
     return Scaling(scale_of(limits), k_mean, centre)
@@ -160,8 +159,8 @@ def fp8_attention(heads: Fp8Heads, dtype: torch.dtype) -> Tensor:
 @opaque("wanfast::fp8_attention", shape=lambda q, k, v, scales, v_centre, dtype: q.new_empty(q.shape, dtype=dtype))
 def _fp8_attention(q: Tensor, k: Tensor, v: Tensor, scales: Tensor, v_centre: Tensor, dtype: torch.dtype) -> Tensor:
     out = (_by_fa3() if q.is_cuda else emulated)(Fp8Heads(q, k, v, scales, v_centre))
-    # FlashAttention-3 has already rounded to bf16, and the emulation has not rounded. In one dtype, addition is fast.
-    return out.add_(v_centre.to(out.dtype)).to(dtype)
+    add_to_heads(out, v_centre)
+    return out.to(dtype)  # FlashAttention-3 has already rounded to bf16; the emulation has not rounded
 
 
 def _by_fa3() -> Callable[[Fp8Heads], Tensor]:
