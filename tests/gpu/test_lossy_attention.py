@@ -207,8 +207,9 @@ def test_sampled_errors_are_those_of_float64() -> None:
     [
         pytest.param(("--attention", "sparse", "--density", "0.6", "--dense-layers", "0"), marks=needs_fa4),
         pytest.param(("--attention", "fa3-fp8", "--fp8-steps", "0:4"), marks=needs_fa3),
+        pytest.param(("--attention", "fa3-fp8", "--fp8-steps", "0:4", "--compile"), marks=needs_fa3),
     ],
-    ids=["sparse", "fp8"],
+    ids=["sparse", "fp8", "fp8 compiled"],
 )
 def test_a_video(wanfast: Wanfast, workdir: Path, options: tuple[str, ...]) -> None:
     """The tiny model's heads have 128 channels, as the A14B's; a check changes nothing, and two ranks little."""

@@ -16,8 +16,8 @@ from wanfast.runtime.models import fused_kernels, router_kernel
 
 FACTS = {"eps": 1e-6, "d": 5120, "BLOCK": 8192, "GATED": True, "GELU": True}
 FACTS |= {"ROTATED": True, "PAIRS_A_HEAD": 64, "PARTS": 4}
-FACTS |= {"NORMED": True, "CENTRED": True, "HADAMARD": True, "HEADS": 40, "D": 128, "ROWS": 32, "TILE": 8, "GROUP": 8}
-FACTS |= {"HEAD_DIM": 128}
+FACTS |= {"NORMED": True, "CENTRED": True, "HADAMARD": True, "HEADS": 40, "D": 128, "HEAD_DIM": 128}
+FACTS |= {name: getattr(fused_kernels, f"_{name}") for name in ("ROWS", "TILE", "GROUP")}
 FACTS |= {"SCALE": 128**-0.5, "LANES": 128, "TILE": router_kernel._TILE}
 COUNTS = dict.fromkeys(("stride", "rows", "quarters", "blocks", "first", "last"), "i32")
 OUTPUTS = ("*bf16", 0.0), ("*i8", 127.0), ("*fp8e4nv", 448.0)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wanfast.runtime.models.tokens import LARGEST
 
-_ROWS, _TILE, _GROUP, _WARPS, _REGISTERS = 16, 8, 8, 8, 128  # of a program of `heads_to_fp8`
+_ROWS, _TILE, _GROUP, _WARPS = 16, 4, 8, 8  # of a program of `heads_to_fp8`
 wrap_triton: Callable[[Any], Any] = lambda kernel: kernel  # noqa: E731 - torch's own after `make_operators`
 
 
@@ -152,7 +152,6 @@ def heads_to_fp8(
         BLOCK=triton.next_power_of_2(D),
         num_warps=_WARPS,
         num_stages=1,
-        maxnreg=_REGISTERS,
     )
     return out
 
@@ -281,24 +280,24 @@ def _heads_to_fp8(
     The tensor cores multiply a tile by the Hadamard matrix while the next tile is loaded, normed and rotated.
     """
     width: tl.constexpr = HEADS // PARTS
-    channels = tl.arange(0, BLOCK)
-    head = tl.arange(0, TILE * GROUP) % GROUP
+    lines, channels = tl.arange(0, TILE * GROUP), tl.arange(0, BLOCK)
+    row, head = lines // GROUP, lines % GROUP
     matrix = _hadamard_matrix(BLOCK)
     start = tl.program_id(0).to(tl.int64) * ROWS
     for first in range(start, start + ROWS, TILE):
-        row = first + tl.arange(0, TILE * GROUP) // GROUP
-        exists = row < rows
+        exists = row < rows - first
+        x_here, cos_here, sin_here = x_ptr + first * stride, cos_ptr + first * (D // 2), sin_ptr + first * (D // 2)
         factor = tl.full((TILE * GROUP,), D**-0.5 if HADAMARD else 1.0, tl.float32)
         rms = factor
         if NORMED:
             squares = tl.zeros((TILE * GROUP, BLOCK), tl.float32)
             for group in tl.static_range(0, HEADS, GROUP):
-                x = _tile(x_ptr, row * stride, exists, head + group, channels, HEADS, D)
+                x = _tile(x_here + group * D, row * stride, exists & (head < HEADS - group), head, channels, D)
                 squares += x * x
             total = tl.sum(tl.reshape(tl.sum(squares, 1), (TILE, GROUP)), 1, keep_dims=True)
             rms *= tl.reshape(tl.broadcast_to(tl.rsqrt(total / (HEADS * D) + eps), (TILE, GROUP)), (TILE * GROUP,))
         x = _prepared(
-            x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, row, exists, head, channels, rms,
+            x_here, stride, scale_ptr, centre_ptr, weight_ptr, cos_here, sin_here, row, exists, head, 0, channels, rms,
             factor, HEADS, D, NORMED, ROTATED, CENTRED, HADAMARD,
         )  # fmt: skip
         for group in range(0, HEADS, GROUP):
@@ -306,11 +305,11 @@ def _heads_to_fp8(
             if HADAMARD:
                 y = tl.dot(x, matrix)
             x = _prepared(
-                x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, row, exists, head + group + GROUP,
-                channels, rms, factor, HEADS, D, NORMED, ROTATED, CENTRED, HADAMARD,
+                x_here, stride, scale_ptr, centre_ptr, weight_ptr, cos_here, sin_here, row, exists, head,
+                group + GROUP, channels, rms, factor, HEADS, D, NORMED, ROTATED, CENTRED, HADAMARD,
             )  # fmt: skip
             now = head + group
-            place = (((now // width * rows + row) * width + now % width) * D)[:, None] + channels[None, :]
+            place = (((now // width * rows + first + row) * width + now % width) * D)[:, None] + channels[None, :]
             place = tl.max_contiguous(tl.multiple_of(place, (1, 8)), (1, 8))  # stored in the layout of the loads
             mask = (exists & (now < HEADS))[:, None] & (channels < D)[None, :]
             tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask)  # values beyond +-448 become +-448
@@ -318,34 +317,34 @@ def _heads_to_fp8(
 
 @triton.jit
 def _prepared(
-    x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, row, exists, head, channels, rms, factor,
-    HEADS: tl.constexpr, D: tl.constexpr, NORMED: tl.constexpr, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
+    x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, row, exists, head, group, channels, rms,
+    factor, HEADS: tl.constexpr, D: tl.constexpr, NORMED: tl.constexpr, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
     HADAMARD: tl.constexpr,
 ):  # fmt: skip
     """Returns a tile after all steps before the Hadamard matrix, and divided by its heads' scales."""
-    scale = tl.load(scale_ptr + head, head < HEADS, 1.0)
-    x = _tile(x_ptr, row * stride, exists, head, channels, HEADS, D) * (rms / scale)[:, None]
+    known = exists & (head < HEADS - group)
+    scale = tl.load(scale_ptr + group + head, known, 1.0)
+    x = _tile(x_ptr + group * D, row * stride, known, head, channels, D) * (rms / scale)[:, None]
     if NORMED:
-        x *= _tile(weight_ptr, row * 0, exists, head, channels, HEADS, D)
+        x *= _tile(weight_ptr + group * D, 0, known, head, channels, D)
     if ROTATED:
         lines: tl.constexpr = x.shape[0]
         PAIRS: tl.constexpr = x.shape[1] // 2
         pairs = tl.arange(0, PAIRS)
-        known = exists[:, None] & (pairs < D // 2)[None, :]
-        place = (row * (D // 2))[:, None] + pairs[None, :]
-        cos, sin = tl.load(cos_ptr + place, known, 1.0), tl.load(sin_ptr + place, known, 0.0)
+        place, mask = (row * (D // 2))[:, None] + pairs[None, :], exists[:, None] & (pairs < D // 2)[None, :]
+        cos, sin = tl.load(cos_ptr + place, mask, 1.0), tl.load(sin_ptr + place, mask, 0.0)
         even, odd = tl.split(tl.reshape(x, (lines, PAIRS, 2)))
         x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
     if CENTRED:
-        x -= _tile(centre_ptr, row * 0, exists, head, channels, HEADS, D) * (factor / scale)[:, None]
+        x -= _tile(centre_ptr + group * D, 0, known, head, channels, D) * (factor / scale)[:, None]
     return x.to(tl.float16) if HADAMARD else x
 
 
 @triton.jit
-def _tile(ptr, first, exists, head, channels, HEADS: tl.constexpr, D: tl.constexpr):
+def _tile(ptr, first, exists, head, channels, D: tl.constexpr):
     """Loads one head of a row in each line, in float32; what does not exist is 0."""
-    mask = (exists & (head < HEADS))[:, None] & (channels < D)[None, :]
-    return tl.load(ptr + (first + head * D)[:, None] + channels[None, :], mask, 0.0).to(tl.float32)
+    place, mask = (first + head * D)[:, None] + channels[None, :], exists[:, None] & (channels < D)[None, :]
+    return tl.load(ptr + place, mask, 0.0).to(tl.float32)
 
 
 @triton.jit
