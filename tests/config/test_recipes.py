@@ -152,7 +152,7 @@ def test_calibrations_with_such_a_recipe_measure_exact_attention() -> None:
         assert of_command({"recipe": "fast"}, command) == {}
     own = {"recipe": "fast", "lists_every": 3}
     assert of_command(own, "calibrate-attention") == {"lists_every": 3}
-    with pytest.raises(ConfigError, match="--attention sparse: only `wanfast generate`"):
+    with pytest.raises(ConfigError, match="--attention sparse: `wanfast calibrate-magcache` measures exact"):
         of_command({"recipe": "fast", "attention": "sparse"}, "calibrate-magcache")
 
 

@@ -6,7 +6,6 @@ from wanfast.runtime.config.effective import (
     EffectiveConfig,
     accepted,
     of_command,
-    refuse_lossy_attention,
 )
 from wanfast.runtime.config.models import ModelsConfig, QuantizeConfig, default_artifacts_dir
 from wanfast.runtime.config.option import Options
@@ -30,5 +29,4 @@ __all__ = [
     "magcache_settings",
     "of_command",
     "parse_size",
-    "refuse_lossy_attention",
 ]
