@@ -169,13 +169,13 @@ def test_few_steps_run_both_experts_and_skip_nothing(clips: Path) -> None:
 
 def test_few_steps_have_the_share_of_float8_of_the_whole_video(clips: Path) -> None:
     given = SMALL | {"steps": 40, "quantize_on_the_fly": True}
-    rows = planned(bench_of(clips, "near-exact", "fast", given=given, steps_measured=8, no_quality="few steps"))
-    for row, in_fp8 in zip(rows, (6, 6), strict=True):
+    rows = planned(bench_of(clips, "near-exact", "fast", given=given, steps_measured=4, no_quality="few steps"))
+    for row in rows:
         assert row.opened is not None, row.error
         (whole, *_), measured, warm_up = (
             row.plans, row.opened.plan(row.cells[0].options), row.opened.plan(row.warm_ups[0])
         )  # fmt: skip
-        assert [len(plan.fp8.steps) for plan in (whole, measured, warm_up) if plan.fp8] == [30, in_fp8, 1]
+        assert [len(plan.fp8.steps) for plan in (whole, measured, warm_up) if plan.fp8] == [30, 3, 1]
     near_exact, fast = (fp8_share(row.plans[0]) for row in rows)
     assert near_exact == 0.75 and 0.65 < fast < 0.75  # more forwards are skipped in the middle
     short = planned(bench_of(clips, "near-exact", given=given | {"steps": 2}, steps_measured=2, no_quality="few"))
