@@ -189,7 +189,7 @@ def test_a_bench_takes_attention_in_float8(wanfast: Wanfast, clips: Path) -> Non
     assert outcome.exit_code == 0, outcome.err
     (row,) = outcome.document["rows"]
     assert row["attention"] == "fa3-fp8" and row["overridden"] == ["--attention", "fa3-fp8"]
-    assert row["estimated"].endswith("; attention in float8 in 1 of 2 steps, for 33% of the whole video's")
+    assert row["estimated"].endswith("; attention in float8: 1 of 2 steps, 33 % of the whole video")
 
 
 def test_a_distilled_recipe_without_weights_is_a_row_with_the_reason(clips: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def _estimate(plan: Plan, document: Document) -> str | None:
         return None
     in_fp8 = document["plan"]["fp8_attention"]
     first, end = in_fp8["steps"] if in_fp8 else (0, 0)
-    mixed = f"; attention in float8 in {end - first} of {steps} steps, for {fp8_share(plan):.0%} of the whole video's"
+    mixed = f"; attention in float8: {end - first} of {steps} steps, {100 * fp8_share(plan):.0f} % of the whole video"
     return (
         f"denoising: {measured} forwards in {steps} steps were measured, times {wanted}/{measured} for {of_all} steps"
         f"{mixed if in_fp8 else ''}"
