@@ -46,8 +46,8 @@ LINES: Mapping[RecipeName, str] = {
     "fastest-original-k2r10": "the same with E012K2R10",
     "fastest-original-e024k2r10": "the same with E024K2R10",
     "exact": "ours",
-    "near-exact": "ours, fp8 linears",
-    "fast": "ours, fp8 linears, MagCache in both experts",
+    "near-exact": "ours, fp8 linears and attention",
+    "fast": "ours, fp8 linears and attention, MagCache in both experts",
 }
 
 

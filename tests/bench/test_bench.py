@@ -34,6 +34,7 @@ from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts.flop import bf16_peak, forward_flop
 from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.planning.past_runs import fp8_share
 from wanfast.runtime.planning.plan_json import plan_json
 from wanfast.runtime.planning.shortened import least_steps
 from wanfast.runtime.processes.handle import Handle, Video
@@ -164,6 +165,31 @@ def test_few_steps_run_both_experts_and_skip_nothing(clips: Path) -> None:
     assert warm_up and len(warm_up.schedule) == least and set(warm_up.experts) == {"high_noise", "low_noise"}
     with pytest.raises(ConfigError, match=f"--steps-measured 13: .* use {least} to 12"):
         planned(bench_of(clips, "magcache", given=given, steps_measured=13))
+
+
+def test_few_steps_have_the_share_of_float8_of_the_whole_video(clips: Path) -> None:
+    given = SMALL | {"steps": 40, "quantize_on_the_fly": True}
+    rows = planned(bench_of(clips, "near-exact", "fast", given=given, steps_measured=4, no_quality="few steps"))
+    for row in rows:
+        assert row.opened is not None, row.error
+        (whole, *_), measured, warm_up = (
+            row.plans, row.opened.plan(row.cells[0].options), row.opened.plan(row.warm_ups[0])
+        )  # fmt: skip
+        assert [len(plan.fp8.steps) for plan in (whole, measured, warm_up) if plan.fp8] == [30, 3, 1]
+    near_exact, fast = (fp8_share(row.plans[0]) for row in rows)
+    assert near_exact == 0.75 and 0.65 < fast < 0.75  # more forwards are skipped in the middle
+    short = planned(bench_of(clips, "near-exact", given=given | {"steps": 2}, steps_measured=2, no_quality="few"))
+    assert short[0].opened and short[0].error is None
+    assert not short[0].opened.plan(short[0].cells[0].options).fp8.steps  # as in the whole video
+
+
+def test_a_bench_takes_attention_in_float8(wanfast: Wanfast, clips: Path) -> None:
+    few = ("--random-weights", "--steps-measured", "2", "--repeats", "1")
+    outcome = wanfast(*BENCH, "--recipes", "exact", "--attention", "fa3-fp8", *few)
+    assert outcome.exit_code == 0, outcome.err
+    (row,) = outcome.document["rows"]
+    assert row["attention"] == "fa3-fp8" and row["overridden"] == ["--attention", "fa3-fp8"]
+    assert row["estimated"].endswith("; attention in float8: 1 of 2 steps, 33 % of the whole video")
 
 
 def test_a_distilled_recipe_without_weights_is_a_row_with_the_reason(clips: Path, tmp_path: Path) -> None:

@@ -12,9 +12,18 @@ import pytest
 from tests.conftest import Machine, Outcome
 from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, effective, of_command, recipes
 from wanfast.runtime.config.option import words
-from wanfast.runtime.config.recipes import FEW_STEPS, OURS, PUBLISHED, RECIPES, Recipe, overridden, with_recipe
+from wanfast.runtime.config.recipes import (
+    FEW_STEPS,
+    OURS,
+    PUBLISHED,
+    RECIPES,
+    Recipe,
+    has_lossy_attention,
+    overridden,
+    with_recipe,
+)
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import RecipeName
+from wanfast.runtime.facts.choices import Attention, RecipeName
 from wanfast.runtime.facts.model_spec import A14B
 
 Wanfast = Callable[..., Outcome]
@@ -46,6 +55,7 @@ def test_the_names_are_the_recipes() -> None:
         ("magcache", {"attention": "fa3", **SKIPS, **SHARDED}),
         ("fastest-original", {"attention": "fa3", "tf32": True, "compile": True, **SKIPS, **SHARDED}),
         ("exact", {"vae_precision": "fp32"}),
+        ("near-exact", {"quantize": "fp8-rowwise", "attention": "fa3-fp8"}),
         ("fast", {**RECIPES["near-exact"].options, "magcache": "E012K2R20", "magcache_rule": "both-experts"}),
     ],
 )
@@ -120,13 +130,10 @@ def test_what_follows_from_a_recipe_does_not_override_it(
 
 @pytest.fixture
 def lossy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives two recipes lossy attention, which recipes may have if the gate of tests/quality/test_gate.py holds."""
-    others = {
-        "near-exact": Recipe({"quantize": "fp8-rowwise", "attention": "fa3-fp8"}),
-        "fast": Recipe({"attention": "sparse", "density": 0.5, "lists_every": 2}),
-    }
+    """Gives `fast` sparse attention, which a recipe may have if the gate of tests/quality/test_gate.py holds."""
+    fast = Recipe({"attention": "sparse", "density": 0.5, "lists_every": 2})
     for module in (recipes, effective):
-        monkeypatch.setattr(module, "RECIPES", {**RECIPES, **others})
+        monkeypatch.setattr(module, "RECIPES", {**RECIPES, "fast": fast})
 
 
 @pytest.mark.usefixtures("lossy")
@@ -152,8 +159,16 @@ def test_calibrations_with_such_a_recipe_measure_exact_attention() -> None:
         assert of_command({"recipe": "fast"}, command) == {}
     own = {"recipe": "fast", "lists_every": 3}
     assert of_command(own, "calibrate-attention") == {"lists_every": 3}
-    with pytest.raises(ConfigError, match="--attention sparse: only `wanfast generate`"):
+    with pytest.raises(ConfigError, match="--attention sparse: `wanfast calibrate-magcache` measures exact"):
         of_command({"recipe": "fast", "attention": "sparse"}, "calibrate-magcache")
+
+
+def test_only_the_recipe_s_own_kernel_is_the_recipe_s() -> None:
+    assert has_lossy_attention("near-exact", "fa3-fp8") and has_lossy_attention("fast", "fa3-fp8")
+    others: list[tuple[RecipeName | None, Attention]] = [
+        (None, "fa3-fp8"), ("exact", "fa3-fp8"), ("near-exact", "sparse"), ("near-exact", "auto"), ("fa3", "fa3"),
+    ]  # fmt: skip
+    assert not any(has_lossy_attention(*other) for other in others)
 
 
 def test_models_are_shared_by_what_a_recipe_sets() -> None:

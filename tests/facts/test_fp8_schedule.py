@@ -30,6 +30,12 @@ def test_by_default_an_eighth_at_either_end_is_exact() -> None:
         ConfigError, match=r"of 2 steps, the first 1 and the last 1 would be exact.*add --fp8-steps 0:2"
     ):
         schedule(num_steps=2)
+    for steps in (1, 2):
+        short = schedule(num_steps=steps, may_be_empty=True)
+        assert not short.steps and not any(short.is_fp8(step, 0) for step in range(steps))
+        assert short.to_json()["steps"] == [0, 0]
+    assert schedule(num_steps=3, may_be_empty=True).steps == range(1, 2)
+    assert schedule(num_steps=2, may_be_empty=True, steps="0:2").steps == range(2)
 
 
 def test_spans_decide() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +98,81 @@ def test_a_gpu_needs_the_package(wanfast: Wanfast, workdir: Path, machine: Machi
     assert "--attention fa3-fp8: fa3-fwd is not installed: run `pip install 'wanfast[fa3]'`" in outcome.err
 
 
-@pytest.mark.parametrize("command", ["bench", "calibrate-magcache"])
-def test_other_commands_do_not_have_it(wanfast: Wanfast, command: str) -> None:
-    outcome = wanfast(command, "--model", "tiny", "--attention", "fa3-fp8")
+NEAR_EXACT = (*GOOD, "--recipe", "near-exact", "--quantize-on-the-fly")
+
+
+def test_a_recipe_leaves_a_short_video_exact(wanfast: Wanfast, workdir: Path) -> None:
+    outcome = wanfast(*NEAR_EXACT, "--attention-check")
+    assert outcome.exit_code == 0, outcome.err
+    words = (
+        "no step computes attention in float8, because the first and last steps stay exact, and the video has only 2"
+    )
+    assert f"note: --recipe near-exact: {words}: for float8 in all of them, add --fp8-steps 0:2" in outcome.err
+    short = document(workdir / "out.json")
+    assert short["plan"]["fp8_attention"]["steps"] == [0, 0] and short["attention_check"]["forwards"] == []
+    assert short["attention"]["kernel"] == "fa3-fp8" and short["plan"]["overridden"] == {}
+    exact = wanfast(*NEAR_EXACT, "--attention", "auto", "--output", "b.mp4")
+    assert exact.exit_code == 0, exact.err
+    assert document(workdir / "b.json")["output_sha256"] == short["output_sha256"]
+    shown = " ".join((wanfast(*NEAR_EXACT, "--output", "c.mp4", "--dry-run").out).split())
+    assert "fp8 attention in no step, because the video has few steps" in shown
+    asked = wanfast(*GOOD, "--recipe", "exact", "--attention", "fa3-fp8", "--dry-run")
+    assert asked.exit_code == 2 and "of 2 steps, the first 1 and the last 1 would be exact" in asked.err
+
+
+@pytest.mark.parametrize("recipe", ["near-exact", "fast"])
+def test_a_recipe_s_attention_is_in_float8(wanfast: Wanfast, workdir: Path, recipe: str) -> None:
+    of_recipe = ("--recipe", recipe, "--steps", "40", "--output", f"{recipe}.mp4")
+    outcome = wanfast(*NEAR_EXACT, *of_recipe)
+    assert outcome.exit_code == 0 and "no step" not in outcome.err, outcome.err
+    plan = document(workdir / f"{recipe}.json")["plan"]
+    assert (plan["recipe"], plan["attention"], plan["quantize"]) == (recipe, "fa3-fp8", "fp8-rowwise")
+    assert plan["fp8_attention"]["steps"] == [5, 35] and plan["overridden"] == {}
+    assert bool(plan["magcache"] and plan["magcache"]["skipped_forwards"]) is (recipe == "fast")
+
+
+def test_a_video_of_an_older_recipe_is_repeated_with_exact_attention(wanfast: Wanfast, workdir: Path) -> None:
+    """The sidecar is that of a version in which near-exact set only --quantize."""
+    assert wanfast(*NEAR_EXACT, "--attention", "flash", "--steps", "4").exit_code == 0
+    older = document(workdir / "out.json")
+    del older["requested"]["attention"]
+    (workdir / "out.json").write_text(json.dumps(older))
+    outcome = wanfast("generate", "--from", "out.json", "--output", "b.mp4")
+    assert outcome.exit_code == 0, outcome.err
+    again = document(workdir / "b.json")
+    assert again["output_sha256"] == older["output_sha256"]
+    assert again["plan"]["recipe"] == "near-exact" and again["plan"]["fp8_attention"] is None
+    now = wanfast(
+        "generate", "--from", "out.json", "--recipe", "near-exact", "--output", "c.mp4", "--dry-run", "--json"
+    )
+    assert now.document["plan"]["fp8_attention"]["steps"] == [1, 3]
+
+
+def test_a_gpu_without_the_kernel_runs_no_other_one_for_a_recipe(
+    wanfast: Wanfast, workdir: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(1, 84)
+    on_gpu = (*NEAR_EXACT, "--device", "cuda")
+    outcome = wanfast(*on_gpu)
+    fix = "run `pip install 'wanfast[fa3]'`, or use --attention auto"
+    assert outcome.exit_code == 2 and outcome.err.splitlines()[-1] == (
+        f"error: --attention fa3-fp8: fa3-fwd is not installed: {fix}"
+    )
+    ada = dataclasses.replace(placement.gpus.visible_gpus()[0], name="NVIDIA L40S", capability=(8, 9))
+    monkeypatch.setattr(placement.gpus, "visible_gpus", lambda: [ada])
+    outcome = wanfast(*on_gpu, "--dry-run")
     assert outcome.exit_code == 2
-    words = f"only `wanfast generate`, `wanfast serve` and `wanfast warmup` take this value, not `wanfast {command}`"
-    assert f"--attention fa3-fp8: {words}" in outcome.err
+    assert outcome.err.splitlines() == [
+        "error: --attention fa3-fp8 needs Hopper GPUs, not NVIDIA L40S: use --attention auto"
+    ]
+    followed = wanfast(*on_gpu, "--attention", "auto", "--dry-run")
+    assert followed.exit_code == 0, followed.err
+
+
+def test_a_curve_is_not_measured_in_float8(wanfast: Wanfast) -> None:
+    outcome = wanfast("calibrate-magcache", "--model", "tiny", "--attention", "fa3-fp8")
+    assert outcome.exit_code == 2
+    assert "--attention fa3-fp8: `wanfast calibrate-magcache` measures exact attention: use" in outcome.err
 
 
 def test_a_curve_is_measured_with_exact_attention(workdir: Path) -> None:

@@ -280,6 +280,22 @@ def test_a_plan_of_attention_may_need_lists_of_all_blocks() -> None:
     assert whole.list_bytes(whole.mesh) == 2 * 5 * 2 * 18 * 19 * 4 > half.list_bytes(half.mesh) > 0
 
 
+def test_recipes_share_models_if_another_kernel_replaces_their_lossy_attention() -> None:
+    """A GPU without the kernel of attention in float8 needs --attention auto."""
+
+    def fitting(**asked: Any) -> list[str]:
+        opened = Opened.of({**TINY_ON_CPU, "quantize_on_the_fly": True, **asked})
+        return [name for name in RECIPES if opened.has_models_of(name)]
+
+    for asked in ({}, {"attention": "auto"}, {"attention": "fa3-fp8"}):
+        assert fitting(recipe="near-exact", **asked) == ["near-exact", "fast"]
+    with_auto = Opened.of({**TINY_ON_CPU, "quantize_on_the_fly": True, "recipe": "near-exact", "attention": "auto"})
+    plan = with_auto.plan({**VIDEO, "recipe": "fast", "steps": 40})
+    assert plan.fp8 is None and plan.curve is not None and plan.config.models.quantize == "fp8-rowwise"
+    assert fitting(quantize="fp8-rowwise") == []  # exact attention, which neither recipe has
+    assert "near-exact" not in fitting(recipe="exact", quantize="fp8-rowwise", attention="auto")
+
+
 def test_a_video_has_a_recipe_of_its_own_only_if_its_models_are_loaded(ranks: list[Ranks]) -> None:
     of_models = {**RECIPES["near-exact"].options, "quantize_on_the_fly": True}
     with wanfast.open(**TINY_ON_CPU, **of_models) as handle:

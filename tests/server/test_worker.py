@@ -681,9 +681,10 @@ def test_a_wrong_default_is_refused_before_the_ranks_start(tmp_path: Path) -> No
         pass
 
 
-def test_attention_in_float8_is_warmed_up_in_few_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [{"attention": "fa3-fp8"}, {"recipe": "near-exact", "quantize_on_the_fly": True}])
+def test_attention_in_float8_is_warmed_up_in_few_steps(tmp_path: Path, own: dict[str, Any]) -> None:
     """By default, the first and the last eighth of the steps are exact, which would be both steps of a warm-up."""
-    with running(tmp_path, defaults={"steps": 40}, options={**SMALL, "attention": "fa3-fp8"}) as server:
+    with running(tmp_path, defaults={"steps": 40}, options={**SMALL, **own}) as server:
         opened = server.maker.opened
         plan = opened.plan(warm_up_of(opened, Served.of(opened, {"steps": 40}, 3), server.files))
         assert plan.fp8 is not None and [plan.fp8.is_fp8(step, 0) for step in range(2)] == [True, False]

@@ -28,8 +28,9 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.packages import require_attention, versions
 from wanfast.runtime.planning.completed import effective
+from wanfast.runtime.planning.past_runs import fp8_share
 from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.planning.shortened import few_steps, has_all_experts, least_steps, schedule_of
+from wanfast.runtime.planning.shortened import few_lossy_steps, few_steps, has_all_experts, least_steps, schedule_of
 from wanfast.runtime.processes.handle import OF_ALL_VIDEOS, OF_HANDLE, Opened
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of, write_synced
 from wanfast.runtime.store.code import digest_of_code
@@ -173,7 +174,10 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
         measured = videos
         if bench.steps_measured is not None:
             of_few = schedule_of(config.video, bench.files.spec, bench.steps_measured)
-            measured = [few_steps(video, of_few) for video in videos]
+            measured = [
+                few_steps(video, of_few) | _few_in_fp8(plan, bench.steps_measured)
+                for video, plan in zip(videos, plans, strict=True)
+            ]
         cells = [
             _cell(bench, opened, video, clip, repeat)
             for repeat in range(bench.repeats)
@@ -183,10 +187,19 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
             others = ({**video, "seed": video["seed"] + ANOTHER_SEED} for video in measured)
             cells += [_cell(bench, opened, video, clip, 0, other=True) for clip, video in enumerate(others)]
         least = least_steps(config.video, bench.files.spec)
-        warm_ups = tuple(few_steps(video, schedule_of(config.video, bench.files.spec, least)) for video in videos)
+        of_least = schedule_of(config.video, bench.files.spec, least)
+        warm_ups = tuple(
+            few_steps(video, of_least) | few_lossy_steps(plan) for video, plan in zip(videos, plans, strict=True)
+        )
         return Row(name, opened, plans, warm_ups, tuple(cells))
     except WanFastError as error:
         return Row(name, error=error)
+
+
+def _few_in_fp8(plan: Plan, steps: int) -> dict[str, Any]:
+    """Returns options for a video of few `steps`: about the same share of its forwards as in `plan` is in float8."""
+    share = fp8_share(plan)
+    return few_lossy_steps(plan, max(1, round(share * steps))) if share else {}
 
 
 def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) -> None:

@@ -24,7 +24,7 @@ from wanfast.runtime.config.option import words
 from wanfast.runtime.errors import NeedsGpuError
 from wanfast.runtime.facts.flop import bf16_peak, forward_flop
 from wanfast.runtime.machine.packages import commit, versions
-from wanfast.runtime.planning.past_runs import forwards_in_turn
+from wanfast.runtime.planning.past_runs import forwards_in_turn, fp8_share
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.plan_json import magcache_json, plan_json
 from wanfast.runtime.store.json_files import Document
@@ -155,8 +155,12 @@ def _estimate(plan: Plan, document: Document) -> str | None:
     measured, wanted = (sum(forwards_in_turn(of)) for of in (document["plan"], plan_json(plan)))
     if (steps, measured) == (of_all, wanted):
         return None
+    in_fp8 = document["plan"]["fp8_attention"]
+    first, end = in_fp8["steps"] if in_fp8 else (0, 0)
+    mixed = f"; attention in float8: {end - first} of {steps} steps, {100 * fp8_share(plan):.0f} % of the whole video"
     return (
         f"denoising: {measured} forwards in {steps} steps were measured, times {wanted}/{measured} for {of_all} steps"
+        f"{mixed if in_fp8 else ''}"
     )
 
 

@@ -20,7 +20,7 @@ from wanfast.bench.measure import measure, missing
 from wanfast.bench.output import check_folder, with_random_weights, write_report
 from wanfast.commands import options
 from wanfast.magcache_calib.clips import Clip, read_set
-from wanfast.runtime.config import NO_VIDEO, accepted, refuse_lossy_attention
+from wanfast.runtime.config import NO_VIDEO, accepted
 from wanfast.runtime.config.option import FILES, MAKE, absolute
 from wanfast.runtime.errors import ConfigError, JobsFailedError
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -84,7 +84,11 @@ def bench(
     """
     given = accepted({**options.given(context), "seed": None, "output": None})
     del given["seed"], given["output"]  # of this command, and not of a video
-    refuse_lossy_attention(given, "bench")
+    if given.get("attention") == "sparse":
+        raise ConfigError(
+            "--attention sparse: `wanfast bench` does not take this value, because its TFLOP/s count all blocks, and "
+            "sparse attention leaves some out: use --attention auto"
+        )
     for option, value in (("--repeats", repeats), ("--steps-measured", steps_measured)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: use 1 or more")

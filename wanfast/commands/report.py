@@ -264,6 +264,8 @@ def _fp8_row(plan: dict[str, Any]) -> dict[str, str]:
     if fp8 is None:
         return {}
     (step, end), (layer, last) = fp8["steps"], fp8["layers"]
+    if step == end:
+        return {"fp8 attention": "in no step, because the video has few steps"}
     rotated = ", with a Hadamard matrix" if fp8["hadamard"] else ""
     return {
         "fp8 attention": f"in the steps {step} to {end - 1} of {sum(plan['steps'].values())}, counted from 0, and the "

@@ -17,8 +17,7 @@ from PIL import Image
 
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.signals import stopped_by_signals
-from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.planning.shortened import few_steps, least_steps, schedule_of
+from wanfast.runtime.planning.shortened import few_lossy_steps, few_steps, least_steps, schedule_of
 from wanfast.runtime.processes.handle import Handle, Opened
 from wanfast.runtime.store.atomic import not_written
 from wanfast.runtime.store.sharing import lock_of
@@ -139,18 +138,7 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
     plan = opened.plan(video)
     least = least_steps(plan.config.video, served.spec)
     short = {**few_steps(video, schedule_of(plan.config.video, served.spec, least)), "frames": served.frames}
-    return short | _few_lossy_steps(plan)
-
-
-def _few_lossy_steps(plan: Plan) -> dict[str, Any]:
-    """Returns options that make a plan's attention lossy in a video of few steps too.
-
-    The plan's own dense or bf16 steps may be more than these few steps. A plan of densities fits only the number of
-    steps of its calibration.
-    """
-    if plan.sparsity:
-        return {"dense_share": 0.0} | ({"density": plan.sparsity.density} if plan.densities else {})
-    return {"fp8_steps": "0:1"} if plan.fp8 else {}
+    return short | few_lossy_steps(plan)
 
 
 @contextmanager

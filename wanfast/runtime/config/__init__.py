@@ -1,13 +1,6 @@
 """This package defines all options, and turns the options of a request into an effective config of five parts."""
 
-from wanfast.runtime.config.effective import (
-    NO_VIDEO,
-    OPTIONS,
-    EffectiveConfig,
-    accepted,
-    of_command,
-    refuse_lossy_attention,
-)
+from wanfast.runtime.config.effective import NO_VIDEO, OPTIONS, EffectiveConfig, accepted, of_command
 from wanfast.runtime.config.models import ModelsConfig, QuantizeConfig, default_artifacts_dir
 from wanfast.runtime.config.option import Options
 from wanfast.runtime.config.ranks import RanksConfig
@@ -30,5 +23,4 @@ __all__ = [
     "magcache_settings",
     "of_command",
     "parse_size",
-    "refuse_lossy_attention",
 ]

@@ -145,7 +145,7 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
     Raises ConfigError for a wrong option; the error names this option.
     """
     given = accepted(given)
-    refuse_lossy_attention(given, command)
+    _refuse_lossy_attention(given, command)
     chosen = with_recipe(given)
     if chosen.get("attention") in LOSSY_ATTENTION and command != "warmup":  # a recipe's; these measure exact attention
         chosen = {**without_lossy_attention(chosen), **given}
@@ -163,13 +163,10 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if name in given or command in OPTIONS[name].option.also}
 
 
-def refuse_lossy_attention(given: Options, command: Command) -> None:
+def _refuse_lossy_attention(given: Options, command: Command) -> None:
     """Raises ConfigError if --attention is lossy and `command` is one that needs exact attention."""
     if (kernel := given.get("attention")) in LOSSY_ATTENTION and command != "warmup":
-        raise ConfigError(
-            f"--attention {kernel}: only `wanfast generate`, `wanfast serve` and `wanfast warmup` take this value, not "
-            f"`wanfast {command}`: use --attention auto"
-        )
+        raise ConfigError(f"--attention {kernel}: `wanfast {command}` measures exact attention: use --attention auto")
 
 
 OPTIONS: dict[str, OptionField] = {name: option for part in PARTS.values() for name, option in options_of(part).items()}

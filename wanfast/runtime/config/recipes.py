@@ -25,6 +25,7 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import (
     EXPERTS,
     LOSSY_ATTENTION,
+    Attention,
     Expert,
     FewStepRecipe,
     MagCacheRule,
@@ -90,9 +91,9 @@ _FA3: Options = {"attention": "fa3"}
 _TF32: Options = {"tf32": True}
 _COMPILE: Options = {"compile": True}
 _INT8: Options = {"quantize": "int8-weight-only"}
-# Of near-exact and fast, which share loaded models. Lossy attention may stand here if its gate holds, as the table in
-# docs/sparse-attention.md says.
-_NEAR_EXACT: Options = {"quantize": "fp8-rowwise"}
+# Of near-exact and fast, which share loaded models. Lossy attention stands here only because its gate holds, as the
+# table in docs/sparse-attention.md says.
+_NEAR_EXACT: Options = {"quantize": "fp8-rowwise", "attention": "fa3-fp8"}
 
 RECIPES: Mapping[RecipeName, Recipe] = MappingProxyType(
     {
@@ -170,6 +171,11 @@ def without_lossy_attention(options: Options) -> dict[str, Any]:
     """Returns `options` without a lossy --attention, and without the options that need one, such as --density."""
     gone = {*OF_LOSSY, "attention"} if options.get("attention") in LOSSY_ATTENTION else set(OF_LOSSY)
     return {option: value for option, value in options.items() if option not in gone}
+
+
+def has_lossy_attention(name: RecipeName | None, kernel: Attention) -> bool:
+    """Returns whether the recipe `name` sets --attention to `kernel`, and `kernel` is lossy."""
+    return name is not None and kernel in LOSSY_ATTENTION and RECIPES[name].options.get("attention") == kernel
 
 
 def has_levels(name: object) -> bool:

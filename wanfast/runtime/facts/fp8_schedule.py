@@ -45,6 +45,7 @@ class Fp8Schedule:
         steps: str | None = None,
         layers: str | None = None,
         hadamard: bool | None = None,
+        may_be_empty: bool = False,
     ) -> Fp8Schedule:
         """Returns the schedule that the options describe.
 
@@ -53,11 +54,14 @@ class Fp8Schedule:
         `layers`: the layers in float8, as a text of the same form. By default, these are all layers.
         `hadamard`: whether queries and keys are multiplied by a Hadamard matrix before they are rounded to float8. By
         default, they are multiplied if `head_dim` is a power of two.
+        `may_be_empty`: whether all steps may be exact if `steps` is None and the video is too short for float8.
         Raises ConfigError in three cases: `steps` or `layers` names a step or a layer that the video does not have;
-        `steps` is None, and no step is left for float8; `hadamard` is True, and `head_dim` is not a power of two.
+        `steps` is None, no step is left for float8, and `may_be_empty` is False; `hadamard` is True, and `head_dim` is
+        not a power of two.
         """
         guard = math.ceil(_EXACT_SHARE * num_steps)
-        if steps is None and num_steps <= 2 * guard:
+        inner = range(guard, num_steps - guard) or range(0)
+        if steps is None and not inner and not may_be_empty:
             raise ConfigError(
                 f"--attention fa3-fp8: of {num_steps} steps, the first {guard} and the last {guard} would be exact, so "
                 f"that no step is left for float8: add --fp8-steps 0:{num_steps}, for example"
@@ -68,7 +72,7 @@ class Fp8Schedule:
                 "only for powers of two: drop --fp8-hadamard"
             )
         return cls(
-            steps=range(guard, num_steps - guard) if steps is None else _inside("--fp8-steps", steps, num_steps),
+            steps=inner if steps is None else _inside("--fp8-steps", steps, num_steps),
             layers=range(num_layers) if layers is None else _inside("--fp8-layers", layers, num_layers),
             hadamard=can_rotate(head_dim) if hadamard is None else hadamard,
         )

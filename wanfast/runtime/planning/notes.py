@@ -39,9 +39,9 @@ def notes_of(plan: Plan, files: ModelFiles, image: ImageFacts, last: ImageFacts)
     return (
         *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, last), *_prompt_notes(plan, files),
         *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
-        *_sparsity_notes(plan), *_clip_notes(config.video), *_extension_notes(config.video, config.ranks),
-        *_output_notes(plan), *_cpu_notes(plan), *_thread_notes(config.ranks, spec),
-        *([spec.weights_note] if spec.weights_note else []),
+        *_sparsity_notes(plan), *_fp8_notes(plan), *_clip_notes(config.video),
+        *_extension_notes(config.video, config.ranks), *_output_notes(plan), *_cpu_notes(plan),
+        *_thread_notes(config.ranks, spec), *([spec.weights_note] if spec.weights_note else []),
     )  # fmt: skip
 
 
@@ -139,6 +139,17 @@ def _sparsity_notes(plan: Plan) -> list[str]:
         kept = f"each list must hold at least {number} of them ({whose} and one more)"
         return [f"{blocks}, and {kept}: the density is {sparsity.density:.2f}, not {asked:g}"]
     return []
+
+
+def _fp8_notes(plan: Plan) -> list[str]:
+    """Returns a note if a recipe's attention in float8 leaves all steps exact, because the video has few steps."""
+    if plan.fp8 is None or plan.fp8.steps:
+        return []
+    steps = len(plan.schedule)
+    return [
+        f"--recipe {plan.config.models.recipe}: no step computes attention in float8, because the first and last steps "
+        f"stay exact, and the video has only {steps}: for float8 in all of them, add --fp8-steps 0:{steps}"
+    ]
 
 
 def _clip_notes(video: VideoConfig) -> list[str]:

@@ -115,6 +115,12 @@ def forwards_in_turn(plan: dict[str, Any]) -> list[float]:
     return of_a_clip * num_clips
 
 
+def fp8_share(plan: Plan) -> float:
+    """Returns the share of a plan's computed forwards that have attention in float8; skipped ones do not count."""
+    of_a_clip = forwards_in_turn(plan_json(plan))[: len(plan.schedule)]
+    return sum(of_a_clip[step] for step in plan.fp8.steps) / sum(of_a_clip) if plan.fp8 else 0.0
+
+
 def _skips(magcache: dict[str, Any]) -> list[tuple[bool, bool]]:
     """Returns the skips of each step and branch; older runs have other names for the skips."""
     names = ("skips_prompt", "skips_negative_prompt") if "skips_prompt" in magcache else ("skips_cond", "skips_uncond")

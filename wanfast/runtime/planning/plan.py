@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from wanfast.runtime.config import EffectiveConfig, Options, parse_size
+from wanfast.runtime.config.recipes import has_lossy_attention
 from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.facts.densities import Densities
 from wanfast.runtime.facts.fp8_schedule import Fp8Schedule
@@ -234,8 +235,9 @@ class Plan:
     def fp8(self) -> Fp8Schedule | None:
         """Returns which calls of self-attention are in float8; None without --attention fa3-fp8.
 
-        Raises ConfigError if --fp8-steps, --fp8-layers or --fp8-hadamard does not fit the video or the model, or if no
-        step is left for float8.
+        If a recipe sets this kernel, all steps of a very short video are exact. Raises ConfigError if --fp8-steps,
+        --fp8-layers or --fp8-hadamard does not fit the video or the model, or if no recipe sets this kernel and no step
+        is left for float8.
         """
         models, dit = self.config.models, self.spec.dit
         if models.attention != "fa3-fp8":
@@ -247,6 +249,7 @@ class Plan:
             steps=models.fp8_steps,
             layers=models.fp8_layers,
             hadamard=models.fp8_hadamard,
+            may_be_empty=has_lossy_attention(models.recipe, models.attention),
         )
 
     def list_bytes(self, mesh: Mesh) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from wanfast.runtime.config import Options, SkippingConfig, VideoConfig
 from wanfast.runtime.config.option import options_of
 from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.curves import steps_of_video
 
 
@@ -22,6 +23,17 @@ def few_steps(video: Options, schedule: Options) -> dict[str, Any]:
     """
     skipping = options_of(SkippingConfig)
     return {**{name: value for name, value in video.items() if name not in skipping}, **schedule, "magcache": "off"}
+
+
+def few_lossy_steps(plan: Plan, steps: int = 1) -> dict[str, Any]:
+    """Returns options that make a plan's attention lossy in a video of few steps too.
+
+    The plan's own dense or bf16 steps may be more than these few steps. A plan of densities fits only the number of
+    steps of its calibration. `steps`: the number of steps in float8, if the plan's attention is in float8.
+    """
+    if plan.sparsity:
+        return {"dense_share": 0.0} | ({"density": plan.sparsity.density} if plan.densities else {})
+    return {"fp8_steps": f"0:{steps}"} if plan.fp8 else {}
 
 
 def schedule_of(video: VideoConfig, spec: ModelSpec, steps: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from wanfast.runtime.config.option import absolute, options_of
 from wanfast.runtime.config.precedence import without_overridden
 from wanfast.runtime.config.recipes import RECIPES, with_recipe
 from wanfast.runtime.errors import CancelledError, ConfigError, from_failure
-from wanfast.runtime.facts.choices import RecipeName
+from wanfast.runtime.facts.choices import LOSSY_ATTENTION, RecipeName
 from wanfast.runtime.machine.launchers import refuse_launchers
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.machine.packages import require_attention
@@ -152,11 +152,17 @@ class Opened:
         return cls(asked, options, plan, files, free_memory, required)
 
     def has_models_of(self, recipe: RecipeName) -> bool:
-        """Returns whether the loaded models are those of `recipe`, so that a video by this recipe can be made."""
+        """Returns whether the loaded models are those of `recipe`, so that a video by this recipe can be made.
+
+        If `open` got --attention, it overrides the recipe's attention if this is lossy, as in any other run.
+        """
         if recipe == self.asked.get("recipe"):
             return True
         loaded = {name: value for name, value in with_recipe(self.asked).items() if name in _OF_RECIPES}
-        own = {name: value for name, value in RECIPES[recipe].given(self.asked).items() if name in OF_HANDLE}
+        given = RECIPES[recipe].given(self.asked)
+        if (kernel := self.asked.get("attention")) and given.get("attention") in LOSSY_ATTENTION:
+            given = {**given, "attention": kernel}
+        own = {name: value for name, value in given.items() if name in OF_HANDLE}
         models = dataclasses.replace(self.placed.config.models, recipe=recipe)
         return own == loaded and is_distilled(models)
 
