@@ -96,10 +96,10 @@ def plans(judge: Judge, recipe: RecipeName, seed: int = 0) -> Iterator[tuple[str
 
 @torch.inference_mode()
 def judged(judge: Judge, task: FewStepsTask) -> dict[str, Any]:
-    """Makes the six videos of `configs` from the held-out scene of `task`, and measures them.
+    """Makes a video of the held-out scene of `task` with each config of the recipe, and measures the videos.
 
-    The result holds the fields of `task`, and two more keys. "asked" is the motion that the prompt asks for. "ways" is
-    {name of a video: its metrics}. The metrics are {"shown": the motion in the video, name of another metric: value}.
+    Returns the fields of `task` and two more. "asked" is the motion that the prompt asks for. "ways" is {name of a
+    config: measurements of its video}, and the measurement "shown" is the motion in the video.
     """
     scene, truth = judge.held_out(task.index, task.mover)
     teacher, ways = None, {}
