@@ -28,8 +28,8 @@ from wanfast.server.checks import Checks
 from wanfast.server.fields import Asked, Fields, read
 from wanfast.server.files import Files
 from wanfast.server.keys import EVERYBODY, Keys
-from wanfast.server.limits import HEADERS, Limits, answer
 from wanfast.server.metrics import Metrics
+from wanfast.server.middleware import HEADERS, Limits, answer
 from wanfast.server.page import add_pages
 from wanfast.server.replies import ApiError, unfit
 from wanfast.server.store import CANCELLED, FAULT, KeyReusedError, Order, QueueFullError, Store, StoredJob
