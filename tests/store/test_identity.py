@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,6 +150,24 @@ def test_a_file_that_changes_meanwhile_is_one_line(
     monkeypatch.setattr(hashlib, "file_digest", lambda *a: changed(weights, 0) or digest(*a))
     with pytest.raises(ConfigError, match=f"--model: {weights} changes while it is read"):
         sha256_of([weights], tmp_path)
+
+
+def test_a_new_link_to_a_file_that_is_read_changes_nothing(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes the time of change. What is remembered is the state after it, so the file is hashed only once more."""
+    digest, read = hashlib.file_digest, []
+
+    def linked(*arguments: Any) -> Any:
+        if not read:
+            (tmp_path / "link").hardlink_to(weights)
+        read.append(arguments)
+        return digest(*arguments)
+
+    monkeypatch.setattr(hashlib, "file_digest", linked)
+    for _ in range(2):
+        assert sha256_of([weights], tmp_path)[weights] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize(

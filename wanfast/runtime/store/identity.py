@@ -30,9 +30,11 @@ from wanfast.runtime.store.sharing import locked
 KIND = "hashes"
 _SMALL_BYTES = 64 << 20  # hashed in a tenth of a second, so that a record is not worth it
 _THREADS = 4  # hashlib lets other threads run
+_TRIES = 3  # if only the time of change changes
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 State = dict[str, Any]  # what changes if a file's content changes
+Items = tuple[tuple[str, Any], ...]  # of a State
 
 
 def identity(files: list[Path], artifacts: Path) -> str:
@@ -109,7 +111,7 @@ def _record(state: State, artifacts: Path) -> Path:
 def _known(file: Path, state: State, artifacts: Path, option: str) -> str | None:
     """Returns the sha256 of a file if a record, or the file's name in the Hugging Face cache, tells it."""
     if state["bytes"] < _SMALL_BYTES:
-        return _hash(file, tuple(state.items()), option)
+        return _hash(file, tuple(state.items()), option)[0]
     record = _record(state, artifacts)
     with suppress(CorruptArtifactError):
         document = read_object(record, "it is made again")
@@ -132,8 +134,8 @@ def _hashed(file: Path, state: State, artifacts: Path, option: str) -> str:
             stack.enter_context(locked(record.with_suffix(".lock"), wait))
         if (known := _known(file, state, artifacts, option)) is not None:
             return known
-        sha256 = _hash(file, tuple(state.items()), option)
-        _remember(state, sha256, artifacts)
+        sha256, hashed = _hash(file, tuple(state.items()), option)
+        _remember(dict(hashed), sha256, artifacts)
     return sha256
 
 
@@ -143,10 +145,19 @@ def _remember(state: State, sha256: str, artifacts: Path) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _hash(file: Path, state: tuple[tuple[str, Any], ...], option: str) -> str:
-    """Returns the sha256 of a file in this state. Raises ConfigError, also if the file changes meanwhile."""
-    with foreign(f"{option}: {file}", "make this file readable, or copy it again"), file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if tuple(_state(file, option).items()) != state:
-        raise ConfigError(f"{option}: {file} changes while it is read: wait until the file is complete")
-    return found
+def _hash(file: Path, state: Items, option: str) -> tuple[str, Items]:
+    """Returns the sha256 of a file, and the state that was hashed: `state`, unless only its ctime changes meanwhile.
+
+    A new hard link, for example, changes the ctime but not the content. Raises ConfigError, also if the file itself
+    changes while it is read.
+    """
+    for _ in range(_TRIES):
+        with foreign(f"{option}: {file}", "make this file readable, or copy it again"), file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        now = tuple(_state(file, option).items())
+        if now == state:
+            return found, state
+        if dict(now) | {"ctime_ns": 0} != dict(state) | {"ctime_ns": 0}:
+            break
+        state = now
+    raise ConfigError(f"{option}: {file} changes while it is read: wait until the file is complete")
