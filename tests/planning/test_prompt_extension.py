@@ -85,7 +85,9 @@ def test_of_several_machines_only_the_first_one_runs_the_program(
         ("raise SystemExit(3)", "ended with code 3 (nothing on stderr): correct the program"),
         ("while True: print('a' * 9999)", "its output does not stop: print only the new prompt, on one line"),
         ("import sys; sys.exit('x' * 99_999 + '\\nlast')", "ended with code 1 (last): correct the program"),
-        ("import os; os.fork() or __import__('time').sleep(60)", "did not end within 0.5 s"),
+        ("print('a\\0b')", "printed the control character '\\x00': print only text"),
+        ("print('\\33[1mbold')", "printed the control character '\\x1b': print only text"),
+        ("import os; os.fork() or __import__('time').sleep(60)", "printed nothing"),
         ("import time; time.sleep(60)", "did not end within 0.5 s: use a faster program, or drop --extend-prompt"),
     ],
 )
@@ -108,6 +110,25 @@ def test_nothing_that_the_program_started_is_left(tmp_path: Path) -> None:
     pid = int(extended(f"{sys.executable} -S {script}", "a" * 200_000, None))  # more than a pipe holds; nobody reads it
     until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 5)
     assert time.monotonic() - started < 8
+
+
+def test_a_process_in_its_own_session_may_hold_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a process is a server that the program started for later prompts: it goes on, and nobody waits for it."""
+    monkeypatch.setattr(prompt_extension, "TIMEOUT_S", 3)
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import os, time\nchild = os.fork()\nif child: print(child)\nelse:\n    os.setsid()\n    time.sleep(20)\n"
+    )
+    started = time.monotonic()
+    server = psutil.Process(int(extended(f"{sys.executable} -S {script}", "a cat", None)))
+    assert time.monotonic() - started < 8 and server.is_running()
+    server.kill()
+
+
+def test_a_process_that_prints_just_after_the_end_is_waited_for() -> None:
+    """A shell does not wait for the process that its output is redirected to."""
+    command = "bash -c 'exec > >(sleep 0.2; cat); echo from the pipeline'"
+    assert extended(command, "a cat", None) == "from the pipeline"
 
 
 def test_the_program_runs_after_all_checks(wanfast: Wanfast, workdir: Path, program: str) -> None:
