@@ -108,11 +108,21 @@ def test_the_code_counts_in_a_key(clips: Path, monkeypatch: pytest.MonkeyPatch) 
     assert planned(bench_of(clips, "exact"))[0].cells[0].key != before
 
 
-def test_a_recipe_of_two_images_is_a_row_with_the_reason(clips: Path) -> None:
+def test_a_recipe_of_two_images_needs_a_set_with_last_images(clips: Path) -> None:
+    """Without them, its row has the reason; with them, the warm-up and the measured videos have both images."""
     _, row = planned(bench_of(clips, "exact", "first-last-4"))
     assert str(row.error).startswith(
-        "--recipes first-last-4: `wanfast bench` cannot measure a recipe that needs a last"
+        "--recipes first-last-4 needs a last image in each line of the set: add --set FOLDER with such lines, or use"
     )
+    lines = Path("set/clips.jsonl").read_text().splitlines()
+    Path("set/clips.jsonl").write_text("\n".join(json.dumps({**json.loads(x), "last_image": "a.png"}) for x in lines))
+    lora = str(lora_files.write(clips / "a.safetensors", {"blocks.0.ffn.0.diff_b": torch.full((640,), 0.1)}))
+    of_both = {name: value for name, value in SMALL.items() if name != "steps"} | {"lora": [lora]}
+    rows = planned(bench_of(clips, "exact", "first-last-4", given=of_both))
+    assert [row.error for row in rows] == [None, None]
+    assert all(Path(cell.options["last_image"]).name == "a.png" for row in rows for cell in row.cells)
+    assert all("last_image" in video for row in rows for video in row.warm_ups)
+    assert {len(plan.schedule) for plan in rows[1].plans} == {4}
 
 
 def test_missing_experts_are_quantized_with_their_loras(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:

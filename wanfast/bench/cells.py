@@ -136,9 +136,11 @@ def check_options(bench: Bench) -> None:
 
 def _config(bench: Bench, name: RecipeName) -> EffectiveConfig:
     """Returns the config of a recipe's videos. Raises WanFastError if the options do not fit the recipe."""
-    if RECIPES[name].num_images > 1 and bench.files.spec.takes_images:
+    num_images = 1 + (bench.clips[0].last_image is not None)  # in a set, all clips or none have a last image
+    if RECIPES[name].num_images > num_images and bench.files.spec.takes_images:
         raise ConfigError(
-            f"--recipes {name}: `wanfast bench` cannot measure a recipe that needs a last image: use another recipe"
+            f"--recipes {name} needs a last image in each line of the set: add --set FOLDER with such lines, or use "
+            "another recipe"
         )
     config = effective({**NO_VIDEO, **bench.options_of(name)}, bench.files)
     if bench.steps_measured is not None:
