@@ -25,7 +25,7 @@ from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.model_files import ModelFiles
 
 Planned = tuple[Plan, ModelFiles]
-MESH = Mesh(cfg=2, ulysses=2)  # smaller meshes are tested with a video that starts from an image
+ALL, SKIPS = "all forwards", "joint skips"
 
 
 def with_last_image(request: pytest.FixtureRequest) -> Planned:
@@ -53,30 +53,36 @@ def planned(request: pytest.FixtureRequest, workdir: Path) -> Planned:
     return plan, files
 
 
-def test_four_ranks_give_the_latents_of_one(planned: Planned) -> None:
-    """Sharded weights compute all forwards, and whole weights skip some."""
+@pytest.mark.parametrize(  # every two of: a mesh, whole or sharded weights, all or fewer forwards. Long: larger meshes
+    ("mesh", "ways"),
+    [
+        (Mesh(cfg=2, ulysses=2), [("on", ALL), ("off", SKIPS)]),
+        (Mesh(ulysses=2), [("on", SKIPS), ("off", ALL)]),
+        pytest.param(Mesh(cfg=2, ulysses=2), [("on", SKIPS), ("off", ALL)], marks=pytest.mark.long),
+        pytest.param(Mesh(ulysses=4), [("on", SKIPS), ("off", SKIPS)], marks=pytest.mark.long),
+        pytest.param(Mesh(cfg=2, ulysses=4), [("on", SKIPS), ("off", ALL)], marks=pytest.mark.long),
+    ],
+    ids=shown,
+)
+def test_every_mesh_gives_the_latents_of_one_rank(planned: Planned, mesh: Mesh, ways: list[tuple[str, str]]) -> None:
     plan, files = planned
-    whole = [plan, skipping(plan, magcache_joint="on")]
-    expected = [final_latents(each, files, Ranks("cpu")) for each in whole]
-    assert relative_error(*expected) > 1e-4
-    of_mesh = {"cfg_parallel": MESH.cfg, "ulysses": MESH.ulysses}
-    ways = [
-        (with_options(each, dit_fsdp=fsdp, t5_fsdp=fsdp, artifacts_dir=f"artifacts-{fsdp}", **of_mesh), wanted)
-        for each, wanted, fsdp in zip(whole, expected, ("on", "off"), strict=True)
+    whole = {ALL: plan, SKIPS: skipping(plan, magcache_joint="on")}
+    expected = {name: final_latents(each, files, Ranks("cpu")) for name, each in whole.items()}
+    assert relative_error(expected[ALL], expected[SKIPS]) > 1e-4
+    of_mesh = {"cfg_parallel": mesh.cfg, "ulysses": mesh.ulysses}
+    plans = [
+        with_options(whole[name], dit_fsdp=fsdp, t5_fsdp=fsdp, artifacts_dir=f"artifacts-{fsdp}", **of_mesh)
+        for fsdp, name in ways
     ]
-    results = on_ranks(MESH, lambda ranks: [final_latents(way, files, ranks) for way, _ in ways])
-    for (way, wanted), *got in zip(ways, *results, strict=True):
-        error = max(relative_error(latents, wanted) for latents in got)
-        print(f"{shown(MESH)}, FSDP {way.config.ranks.dit_fsdp}: relative error of the final latents {error:.1e}")
+    results = on_ranks(mesh, lambda ranks: [final_latents(each, files, ranks) for each in plans])
+    for (fsdp, name), *got in zip(ways, *results, strict=True):
+        error = max(relative_error(latents, expected[name]) for latents in got)
+        print(f"{shown(mesh)}, FSDP {fsdp}, {name}: relative error of the final latents {error:.1e}")
         assert error <= 1e-5
         assert all(torch.equal(latents, got[0]) for latents in got)
 
 
-@pytest.mark.parametrize(  # all schemes are tested with a video that starts from an image
-    ("planned", "scheme"),
-    [("first and last image", "fp8-rowwise"), ("text alone", "int8-dynamic")],
-    indirect=["planned"],
-)
+@pytest.mark.parametrize("scheme", ["fp8-rowwise", "int8-dynamic", "int8-weight-only"])
 def test_experts_in_8_bits_give_the_same_on_two_ranks(planned: Planned, scheme: str) -> None:
     plan, files = planned
     bf16 = with_options(plan, precision="bf16")
@@ -88,11 +94,17 @@ def test_experts_in_8_bits_give_the_same_on_two_ranks(planned: Planned, scheme: 
 
 
 @torch.inference_mode()
-def test_compiled_blocks_stay_one_graph(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mesh", [Mesh(), pytest.param(Mesh(ulysses=2), marks=pytest.mark.long)], ids=shown)
+def test_compiled_blocks_stay_one_graph(planned: Planned, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, files = planned
     plan = skipping(plan)
     expected = final_latents(plan, files, Ranks("cpu"))
     compiler(monkeypatch, loading)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        got = final_latents(with_options(plan, compile=True), files, Ranks("cpu"))
-    assert relative_error(got, expected) <= 1e-6
+    plan = with_options(plan, compile=True)
+
+    def work(ranks: Ranks) -> torch.Tensor:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            return final_latents(plan, files, ranks)
+
+    for got in on_ranks(mesh, work) if mesh.group_size > 1 else [work(Ranks("cpu"))]:
+        assert relative_error(got, expected) <= (1e-5 if mesh.group_size > 1 else 1e-6)
