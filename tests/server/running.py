@@ -199,7 +199,7 @@ def running(
     most_jobs: int = 100,
     most_bytes: int = 2_000_000,
     keep_s: float = 3600,
-    max_clips: int = 3,
+    max_clips: int | None = 3,
     waits: bool = True,
 ) -> Iterator[Running]:
     """Runs a server until the block ends; `waits`: until it is ready."""

@@ -117,6 +117,23 @@ def test_an_operator_may_allow_single_clips_only(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("model", "frames", "fps", "seconds"),
+    [("tiny", 17, 16, 193 / 16), ("tiny", 5, 24, 289 / 24), ("tiny", 1, 16, 1 / 16), ("text", 5, 16, 5 / 16)],
+)
+def test_the_default_allows_12_seconds(
+    tmp_path: Path, small_text_model: Path, model: str, frames: int, fps: int, seconds: float
+) -> None:
+    """They are the longest that clients ask for. A model without images, or with clips of one frame, has one clip."""
+    opened = Opened.of({**SMALL, "frames": frames} | ({"model": str(small_text_model)} if model == "text" else {}))
+    served = Served.of(opened, {"fps": fps}, None)
+    assert served.joined_frames / fps == seconds
+    if served.clips == 1:
+        assert Served.of(opened, {}, 1) == dataclasses.replace(served, defaults={})
+        with pytest.raises(ConfigError, match=r"--max-clips 7: every video has one clip, because .*: drop --max-clips"):
+            Served.of(opened, {}, 7)
+
+
 def test_a_recipe_of_two_images_is_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(tmp_path) as server:
         monkeypatch.setattr(Opened, "has_models_of", lambda self, recipe: True)

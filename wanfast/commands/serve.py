@@ -52,13 +52,14 @@ def serve(
         ),
     ] = 24.0,
     max_clips: Annotated[
-        int,
+        int | None,
         typer.Option(
             help="Largest number of clips in one video. A video that is longer than --frames has several clips: for "
-            "12 seconds, the published model needs 3 clips.",
+            "12 seconds, a14b needs 3 clips. A model that takes no images has one.",
+            show_default="as many as 12 seconds need",
             rich_help_panel=SERVER,
         ),
-    ] = 3,
+    ] = None,
     database: Annotated[
         str | None,
         typer.Option(

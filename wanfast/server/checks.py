@@ -30,6 +30,8 @@ from wanfast.server.fields import IMAGE, Asked, Fields
 from wanfast.server.replies import ApiError, in_fields, in_names_of_fields, unfit, without_paths
 from wanfast.server.store import NewJob
 
+_LONGEST_S = 12  # the longest that clients of OpenAI's video API ask for
+_MOST_CLIPS = 100
 _OF_ONE_VIDEO = {"image", "prompt", "seed"}
 _UNPLANNED = "the server cannot plan this video; the server's log has the reason"
 
@@ -94,12 +96,13 @@ class Served:
         return {"fit": "crop"} if self.spec.takes_images else {}
 
     @classmethod
-    def of(cls, opened: Opened, defaults: Mapping[str, Any], max_clips: int) -> Served:
+    def of(cls, opened: Opened, defaults: Mapping[str, Any], max_clips: int | None) -> Served:
         """Describes what a server offers.
 
         `opened`: the server's opened models. `defaults`: options of `Handle.make` that a request may override.
-        `max_clips`: the largest number of clips of one video. Every video has one clip if the model takes no images, or
-        if a clip has only one frame. Raises ConfigError if the server's recipe needs a last image.
+        `max_clips`: the largest number of clips of one video; None: as many as 12 seconds need. Every video has one
+        clip if the model takes no images, or if a clip has only one frame. Raises ConfigError if `max_clips` is larger
+        than 1 for such a server, or if the server's recipe needs a last image.
         """
         config, spec = opened.placed.config, opened.files.spec
         if (recipe := config.models.recipe) and _needs_last_image(recipe):
@@ -108,8 +111,16 @@ class Served:
             )
         name = config.models.model if config.models.model in NAMED_MODELS else spec.name
         frames = config.video.frames
-        clips = max_clips if spec.takes_images and frames > 1 else 1
-        return cls(opened, spec, name, parse_size(config.video.size), frames, clips, defaults)
+        one = cls(opened, spec, name, parse_size(config.video.size), frames, 1, defaults)
+        if not spec.takes_images or frames == 1:
+            if max_clips not in (None, 1):
+                why = (
+                    "a clip of one frame adds nothing" if frames == 1 else "no clip can start from another one's frame"
+                )
+                raise ConfigError(f"--max-clips {max_clips}: every video has one clip, because {why}: drop --max-clips")
+            return one
+        clips = _clips_of(_LONGEST_S * defaults.get("fps", spec.fps) / 4, one.most_frames)
+        return dataclasses.replace(one, clips=max_clips or min(clips, _MOST_CLIPS))
 
 
 class Checks:
@@ -238,7 +249,7 @@ class Checks:
         if fields.seconds is None:
             return served.frames, 1
         groups = fields.seconds * fps / 4  # of four frames
-        clips = max(1, math.ceil(round(groups) / max(1, most // 4)))
+        clips = _clips_of(groups, most)
         frames = 4 * round(groups / clips) + 1
         if clips > served.clips or frames > most:
             why = "" if served.spec.takes_images else ", because this model cannot start a clip from an image"
@@ -260,6 +271,11 @@ class Checks:
                 f"{most_width}x{most_height}: use a smaller size",
             )
         return width, height
+
+
+def _clips_of(groups: float, most_frames: int) -> int:
+    """Returns how many clips of at most `most_frames` frames a video needs; `groups`: its length, in 4 frames."""
+    return max(1, math.ceil(round(groups) / max(1, most_frames // 4)))
 
 
 def _length_of(frames: int, fps: int) -> str:

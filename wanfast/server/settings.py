@@ -21,7 +21,7 @@ class ServerSettings:
     max_queue: int = 100
     max_upload_mb: int = 32
     keep_hours: float = 24.0
-    max_clips: int = 3  # 12 seconds, the longest that clients know, of the published model
+    max_clips: int | None = None  # as many as 12 seconds need, which are the longest that clients ask for
 
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and self.api_key_file is None:
@@ -36,7 +36,7 @@ class ServerSettings:
         for name, value, low, high in (
             ("--port", self.port, 0, 65535), ("--max-queue", self.max_queue, 1, 1_000_000),
             ("--max-upload-mb", self.max_upload_mb, 1, 1000), ("--keep-hours", self.keep_hours, 0.001, 87600),
-            ("--max-clips", self.max_clips, 1, 100),
+            ("--max-clips", 1 if self.max_clips is None else self.max_clips, 1, 100),
         ):  # fmt: skip
             if not low <= value <= high:
                 raise ConfigError(f"{name} {value:.15g}: use {low:.15g} to {high:.15g}")
