@@ -89,6 +89,11 @@ def test_both_images_are_fitted_alike(wanfast: Wanfast, monkeypatch: pytest.Monk
         (["--frames", "1"], "error: --last-image needs a first and a last frame: use --frames 5 or more"),
         (["--output", "last.mp4"], "would overwrite a file that a video is made from"),
         (["--magcache", "preset"], "error: --magcache preset: no curve ships for videos with --last-image: run `wan"),
+        (["--magcache", "E012K2R20"], "error: --magcache E012K2R20: no curve ships for videos with --last-image: run"),
+        (["--recipe", "fast"], "error: --recipe fast: no curve ships for videos with --last-image: run `wanfast "
+         "calibrate-magcache --model tiny --recipe fast --size 64x64 --frames 5 --steps 4 --set FOLDER`, where each "
+         "line of FOLDER names a last_image, then use --magcache artifact; or use --magcache off"),
+        (["--recipe", "fast", "--quantize", "int8-dynamic"], " --recipe fast --quantize int8-dynamic --size 64x64 "),
         (["--magcache", "artifact"], "calibrate-magcache --model tiny --size 64x64 --frames 5 --steps 4 --set FOLDER"),
     ],
     ids=str,

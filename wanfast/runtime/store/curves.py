@@ -31,7 +31,7 @@ from wanfast.runtime.config import (
     magcache_settings,
 )
 from wanfast.runtime.config.option import options_of, words
-from wanfast.runtime.config.recipes import RECIPES
+from wanfast.runtime.config.recipes import RECIPES, without_lossy_attention
 from wanfast.runtime.config.skipping import default_rule
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Command, Expert, in_8_bits
@@ -112,9 +112,24 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
     )
     config = dataclasses.replace(config, skipping=answered)
     if answered.magcache == "preset":
+        _refuse_last_image(config, asked.magcache, files)
         return config
     folder, _ = _artifact(config, answered, files)
     return dataclasses.replace(config, skipping=dataclasses.replace(answered, magcache=folder.name))
+
+
+def _refuse_last_image(config: EffectiveConfig, magcache: str, files: ModelFiles) -> None:
+    """Raises ConfigError if the run has a last image; `magcache`: the value of --magcache that asks for the preset."""
+    if config.video.last_image is None:
+        return
+    recipe = config.models.recipe
+    is_of_recipe = recipe is not None and RECIPES[recipe].options.get("magcache") == magcache
+    option = f"--recipe {recipe}" if is_of_recipe else f"--magcache {magcache}"
+    fix = "use --magcache off"
+    if config.video.levels is None:
+        command = calibrate_command(config, files.spec)
+        fix = f"run `{command}`, where each line of FOLDER names a last_image, then use --magcache artifact; or {fix}"
+    raise ConfigError(f"{option}: no curve ships for videos with --last-image: {fix}")
 
 
 def levels_option(config: EffectiveConfig) -> str:
@@ -134,10 +149,6 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
         return None
     if config.skipping.magcache == "preset":
         found = preset(files)
-        if config.video.last_image is not None:
-            fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact; or use --magcache off"
-            fix = "use --magcache off" if config.video.levels is not None else fix
-            raise ConfigError(f"--magcache preset: no curve ships for videos with --last-image: {fix}")
         if found is None:
             fix = f"run `{calibrate_command(config, files.spec)}`, and then this command with --magcache artifact"
             if config.video.levels is not None:
@@ -423,13 +434,15 @@ def in_words(differences: dict[str, tuple[Any, Any]]) -> str:
 def calibrate_command(config: EffectiveConfig, spec: ModelSpec, command: Command = "calibrate-magcache") -> str:
     """Returns the command line of `command`, which measures a curve or makes a plan of attention for this run."""
     values = config.options()
+    recipe = config.models.recipe
+    of_recipe = without_lossy_attention(RECIPES[recipe].given(values)) if recipe else {}
     if values["attention"] in LOSSY_ATTENTION:
         values["attention"] = ModelsConfig.attention  # a curve is measured with exact attention
     if values["artifacts_dir"] == default_artifacts_dir():
         values["artifacts_dir"] = ModelsConfig.artifacts_dir
     given = ["wanfast", command]
     for name, field in {**options_of(ModelsConfig), **options_of(VideoConfig)}.items():
-        default = getattr(spec, name) if field.option.own else field.default
+        default = of_recipe.get(name, getattr(spec, name) if field.option.own else field.default)
         if command in field.option.also and values[name] != default:
             given += words(name, values[name])
     if config.video.last_image is not None:
