@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from wanfast.commands import options
 from wanfast.runtime.config.option import FILES, MAKE
+from wanfast.runtime.facts.choices import Layout
+from wanfast.runtime.store.hub_cache import PublishedModel
 from wanfast.runtime.store.lora_pairs import PAIRS
 
 
 def download(
     model: Annotated[
-        Literal["a14b", "t2v-a14b"] | None,
+        PublishedModel | None,
         typer.Option(
             help="Published model to download: a14b makes videos from an image and text, t2v-a14b from text alone.",
             show_default="a14b",
@@ -40,7 +42,7 @@ def download(
         ),
     ] = None,
     layout: Annotated[
-        Literal["original", "diffusers"] | None,
+        Layout | None,
         typer.Option(
             help="Layout of the files in --repo: original is Wan-AI's layout, diffusers is the layout of Diffusers.",
             show_default="original",

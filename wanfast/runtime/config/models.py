@@ -428,6 +428,6 @@ def is_artifacts_dir_named(given: Mapping[str, Any]) -> bool:
 def check_places(model: str, artifacts_dir: str) -> None:
     """Raises ConfigError if `model` or `artifacts_dir` is empty, because an empty path means the current folder."""
     if not model.strip():
-        raise ConfigError("--model has an empty value: use tiny, a14b, t2v-a14b or a folder of weights")
+        raise ConfigError(f"--model has an empty value: use {', '.join(NAMED_MODELS)} or a folder of weights")
     if not artifacts_dir.strip():
         raise ConfigError("--artifacts-dir has an empty value: give a folder, or drop --artifacts-dir")

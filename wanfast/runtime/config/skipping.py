@@ -10,11 +10,14 @@ from typing import Annotated, Any, Literal
 from wanfast.runtime.config.option import LOSSY, OF_MEASUREMENT, Option, Part, at_least, between, options_of
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import MagCacheRule
+from wanfast.runtime.facts.model_spec import A14B, PUBLISHED
 
 _MAGCACHE_NAME = re.compile(r"E(\d)(\d{2,})K(\d+)R(\d{2})")
 _SHORT = ("magcache_thresh", "magcache_k", "retention_ratio")  # the settings in a short name, in order
 _AMOUNT = "how much is skipped"
 _CURVE_KEY = re.compile(r"[0-9a-f]{12}")
+_BOTH: MagCacheRule = "both-experts"
+_WITH_BOTH = ", ".join(name for name, spec in PUBLISHED.items() if spec.magcache_rule == _BOTH)
 
 
 def magcache_settings(name: str) -> tuple[float, int, float] | None:
@@ -36,7 +39,7 @@ def default_rule(options: Mapping[str, Any], own: MagCacheRule) -> MagCacheRule:
     Otherwise it is `own`, the model's own default.
     """
     is_both = any(options[name] is not None for name in ("magcache_budget", "magcache_skip", "sigmas"))
-    return "both-experts" if is_both else own
+    return _BOTH if is_both else own
 
 
 def spelled_out(name: str) -> dict[str, Any]:
@@ -102,7 +105,8 @@ class SkippingConfig(Part):
             "Experts whose forwards may be skipped. The high-noise expert decides motion and layout.",
             LOSSY,
             also=("serve",),
-            default="low-noise-only; both-experts for t2v-a14b, or with --magcache-budget, --magcache-skip, --sigmas",
+            default=f"{A14B.magcache_rule}; {_BOTH} for {_WITH_BOTH}, or with --magcache-budget, --magcache-skip, "
+            "--sigmas",
             follows=("model", "magcache", "sigmas", "steps", "shift"),
         ),
     ] = None

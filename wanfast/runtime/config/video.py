@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from wanfast.runtime.config.option import ALL, FILES, MAKE, MEASURE, SAMPLING, Option, Part, at_least, between
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Device, ImageFit, Solver
+from wanfast.runtime.facts.model_spec import A14B
 
 _MOST_STEPS = 1000
 _LEAST_LEVEL = 0.001  # of noise: a training timestep
@@ -210,7 +211,7 @@ class VideoConfig(Part):
         Option(
             "Number of steps of --sigmas that the high-noise expert runs.",
             SAMPLING,
-            default="the steps whose level is at least the model's boundary; a14b: 0.9",
+            default=f"the steps whose level is at least the model's boundary; a14b: {A14B.boundary}",
             check=at_least(0, "use a number of steps, 0 or more"),
         ),
     ] = None

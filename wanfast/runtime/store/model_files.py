@@ -43,7 +43,7 @@ Component = Literal["high_noise", "low_noise", "vae", "umt5"]
 COMPONENTS: tuple[Component, ...] = ("high_noise", "low_noise", "vae", "umt5")
 
 TRY_TINY = "--model tiny, which runs on any CPU"  # for a user who has no weights, or no GPU
-_NAME_ANOTHER = "use tiny, a14b, t2v-a14b or a folder of weights"
+_NAME_ANOTHER = f"use {', '.join(NAMED_MODELS)} or a folder of weights"
 
 
 _LAYOUTS: dict[Layout, Places] = {
