@@ -66,8 +66,8 @@ class StandIn:
     def make(self, *, on_progress: StageFn, on_frames: RecordFn, **options: Any) -> Video:
         plan = self.opened.plan(options)
         if options["prompt"] != WARM_UP:
-            picture = Path(options["image"]).read_bytes() if "image" in options else b""
-            self.made.append({**options, "picture": picture})
+            files = {"picture": options.get("image"), "last_picture": options.get("last_image")}
+            self.made.append({**options, **{name: Path(file).read_bytes() for name, file in files.items() if file}})
             if self.errors:
                 raise self.errors.pop(0)
         self.cancelled.clear()

@@ -279,5 +279,7 @@ def test_the_description_of_the_api_names_all_fields(server: Running) -> None:
     description = server.ask("GET", "/openapi.json").document
     body = description["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
     for kind in ("application/json", "multipart/form-data"):
-        assert {"prompt", "input_reference", "seconds", "seed"} <= body[kind]["schema"]["properties"].keys()
+        assert {"prompt", "input_reference", "last_image", "seconds", "seed"} <= body[kind]["schema"][
+            "properties"
+        ].keys()
     assert server.ask("GET", "/docs").status == 200

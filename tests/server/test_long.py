@@ -12,7 +12,6 @@ import av
 import pytest
 
 from tests.server.running import SMALL, STAR, data_url, running, until
-from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.planning.placement import FreeMemory
@@ -68,8 +67,11 @@ def test_the_progress_is_of_all_clips_and_a_cancel_ends_them(tmp_path: Path) -> 
          "second); a longer video has several clips: give seconds instead"),
         ({"seconds": "0.75", "seed": 4294967294}, "seed: this video has 3 clips, and each clip adds 1 to the seed: "
          "use at most 4294967293"),
-        ({"recipe": "first-last-4"}, "recipe: first-last-4 needs a last image, but a request has no field for it: use "
-         "another recipe"),
+        ({"recipe": "first-last-4"}, "last_image: is missing: the recipe first-last-4 makes videos between two "
+         "images"),
+        ({"last_image": data_url(STAR.read_bytes()), "seconds": "0.5"}, "last_image: a video with a last image has a "
+         "single clip, of at most 5 frames on this server (0.3125 seconds at 16 frames per second): ask for fewer "
+         "seconds"),
     ],
     ids=str,
 )  # fmt: skip
@@ -132,14 +134,3 @@ def test_the_default_allows_12_seconds(
         assert Served.of(opened, {}, 1) == dataclasses.replace(served, defaults={})
         with pytest.raises(ConfigError, match=r"--max-clips 7: every video has one clip, because .*: drop --max-clips"):
             Served.of(opened, {}, 7)
-
-
-def test_a_recipe_of_two_images_is_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(tmp_path) as server:
-        monkeypatch.setattr(Opened, "has_models_of", lambda self, recipe: True)
-        offer = server.ask("GET", "/v1/models").document["data"][0]
-        assert offer["max_seconds"] == 13 / 16
-        assert offer["recipes"] == [name for name in RECIPES if name != "first-last-4"]
-        opened = Opened.of({**server.maker.opened.asked, "recipe": "first-last-4"})
-        with pytest.raises(ConfigError, match="--recipe first-last-4 needs a last image, but a request has no"):
-            Served.of(opened, {}, 3)

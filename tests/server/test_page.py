@@ -145,7 +145,7 @@ def test_a_page_is_used_by_the_keyboard_alone(server: Running, page: Page) -> No
 
     assert [tab(), tab(), tab()] == ["Go to the videos", "The calls of this server", "input_reference"]
     page.locator(":focus").set_input_files(STAR)
-    assert tab() == "prompt"
+    assert [tab(), tab()] == ["last_image", "prompt"]
     page.keyboard.type("by keys")
     assert [tab(), tab()] == ["the server's own", "Settings"]
     page.keyboard.press("Enter")
@@ -245,6 +245,30 @@ def test_the_quarters_of_a_video_are_announced(server: Running, page: Page, monk
     ask_for(page, "a star")
     expect(page.locator("#news[role=status]")).to_have_text("25 percent of: a star")
     expect(rows(page, "Queue")).to_contain_text("47 %")
+
+
+def test_a_video_may_have_a_last_image(server: Running, page: Page, tmp_path: Path) -> None:
+    """Both images together must not be too large; without a file, the field is not sent."""
+    first, last = page.get_by_label("Image that the video starts from"), page.get_by_label("Image that the video ends")
+    expect(page.locator("#model")).to_have_text("tiny")
+    last.set_input_files(STAR)
+    expect(page.get_by_role("img", name="The last image that you chose")).to_be_visible()
+    ask_for(page, "between two")
+    expect(rows(page, "History")).to_contain_text("Finished.")
+    assert server.maker.made[-1]["last_picture"] == STAR.read_bytes()
+
+    for name, bytes_ in (("first", 900_000), ("last", 1_200_000)):
+        (tmp_path / name).write_bytes(bytes(bytes_))
+    first.set_input_files(tmp_path / "first")
+    last.set_input_files(tmp_path / "last")
+    page.get_by_role("button", name="Make the video").click()
+    expect(page.get_by_role("alert").filter(has_text="The images have more than 2 MB")).to_be_visible()
+    expect(last).to_be_focused()
+
+    last.set_input_files([])
+    ask_for(page, "from one")
+    expect(rows(page, "History")).to_have_count(2)
+    assert "last_picture" not in server.maker.made[-1]
 
 
 def test_a_picture_that_is_too_large_is_refused_by_the_page(page: Page, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def replica(folder: Path) -> Replica:
 def add(server: Replica) -> str:
     options = {"prompt": "a star", "size": "64x64", "frames": 5, "fit": "crop", "steps": 3, "seed": 1}
     new = NewJob(owner="everybody", options=options, model="tiny", size="64x64", seconds="1", fingerprint="x")
-    job, _ = server._parts.store.add(new, STAR.read_bytes(), 10)
+    job, _ = server._parts.store.add(new, {"image": STAR.read_bytes()}, 10)
     server._parts.worker.wake()
     return job.id
 

@@ -168,6 +168,10 @@ def image(data: bytes) -> dict[str, Any]:
     return picture(data_url(data))
 
 
+def last(value: Any, **values: Any) -> dict[str, Any]:
+    return fields(last_image=value, **values)
+
+
 def fields(**values: Any) -> dict[str, Any]:
     return {"prompt": "a", "input_reference": PICTURE, **values}
 
@@ -247,6 +251,21 @@ BAD: dict[str, tuple[Any, int, str | None]] = {  # name -> (fields, status, para
     "a larger bomb": (image(bomb(2**31 - 1, 2**31 - 1)), 400, "input_reference"),
     "tiny picture": (image(picture_bytes("PNG", (8, 8))), 400, "input_reference"),
     "thin picture": (image(picture_bytes("PNG", (400, 20))), 400, "input_reference"),
+    "a last image alone": ({"prompt": "a", "last_image": PICTURE}, 400, "input_reference"),
+    "last image of a path": (last("/etc/passwd"), 400, "last_image"),
+    "last image of a file id": (last({"file_id": "file_1"}), 400, "last_image"),
+    "http address of a last image": (last({"image_url": "http://127.0.0.1:1/x.png"}), 400, "last_image"),
+    "file address of a last image": (last({"image_url": "file:///etc/passwd"}), 400, "last_image"),
+    "wrong base64 of a last image": (last({"image_url": "data:image/png;base64,%%%"}), 400, "last_image"),
+    "empty last image": (last({"image_url": "data:image/png;base64,"}), 400, "last_image"),
+    "no picture in a last image": (last(data_url(b"#!/bin/sh\nrm -rf /\n")), 400, "last_image"),
+    "cut last image": (last(data_url(STAR.read_bytes()[:900])), 400, "last_image"),
+    "a bomb as a last image": (last(data_url(bomb(60_000, 20_000))), 400, "last_image"),
+    "tiny last image": (last(data_url(picture_bytes("PNG", (8, 8)))), 400, "last_image"),
+    "last image of one frame": (last(PICTURE, num_frames=1), 400, "last_image"),
+    "last image of several clips": (last(PICTURE, seconds="0.75"), 400, "last_image"),
+    "a cut first image beside a last one": (
+        {**image(STAR.read_bytes()[:900]), "last_image": PICTURE}, 400, "input_reference"),
     "a list": ([1], 400, None),
     "a text": ("a", 400, None),
     "null": (None, 400, None),
@@ -299,6 +318,16 @@ RAW: dict[str, tuple[bytes, dict[str, str], int]] = {  # name -> (body, headers,
         form(('name="prompt"', b"a"), *[('name="input_reference"; filename="x"', STAR.read_bytes())] * 2), FORM, 400),
     "a file as prompt": (
         form(('name="prompt"; filename="x"', b"a"), ('name="input_reference"; filename="y"', b"b")), FORM, 400),
+    "two last images": (
+        form(('name="prompt"', b"a"), ('name="input_reference"; filename="x"', STAR.read_bytes()),
+             *[('name="last_image"; filename="x"', STAR.read_bytes())] * 2), FORM, 400),
+    "a last image twice": (
+        form(('name="prompt"', b"a"), ('name="input_reference"; filename="x"', STAR.read_bytes()),
+             ('name="last_image"; filename="x"', STAR.read_bytes()),
+             ('name="last_image[image_url]"', PICTURE["image_url"].encode())), FORM, 400),
+    "a last image as text": (
+        form(('name="prompt"', b"a"), ('name="input_reference"; filename="x"', STAR.read_bytes()),
+             ('name="last_image"', b"/etc/passwd")), FORM, 400),
     "a field twice": (
         form(*[('name="prompt"', b"a")] * 2, ('name="input_reference"; filename="x"', STAR.read_bytes())),
         FORM, 400),

@@ -96,7 +96,7 @@ class Process:
             time.sleep(0.05)
         raise AssertionError(self.log.read_text())
 
-    def create(self, key: str, seed: int, prompt: str | None = None, **others: str) -> str:
+    def create(self, key: str, seed: int, prompt: str | None = None, **others: object) -> str:
         """Queues a video and returns its id; the request is repeated until it is acknowledged."""
         fields = {"prompt": prompt or f"star {seed}", "seed": seed, "input_reference": data_url(STAR.read_bytes())}
         fields |= others
@@ -265,6 +265,17 @@ def test_a_long_video_is_that_of_generate_with_several_prompts(
     shown = tiny.ended(video)
     assert shown["status"] == "completed" and shown["seconds"] == "0.75", shown
     assert tiny.answer("GET", f"/v1/videos/{video}/content").body == one(workdir, wanfast, 3, clips=3)
+
+
+def test_a_video_between_two_images_is_that_of_generate(
+    tiny: Process, workdir: Path, wanfast: Callable[..., Outcome]
+) -> None:
+    last = STAR.with_name("cat.jpg")
+    video = tiny.create("between", 3, last_image=data_url(last.read_bytes()))
+    assert tiny.ended(video)["status"] == "completed"
+    given = ("--image", str(STAR), "--last-image", str(last), "--prompt", "star 3", "--seed", "3", "--fit", "crop")
+    assert wanfast("generate", *TINY, *given, "--output", "between.mp4").exit_code == 0
+    assert tiny.answer("GET", f"/v1/videos/{video}/content").body == (workdir / "between.mp4").read_bytes()
 
 
 def test_a_video_whose_rank_is_killed_is_made_all_the_same(tiny: Process) -> None:

@@ -35,7 +35,7 @@ def store(url: str) -> Iterator[Store]:
 
 
 def add(store: Store, **values: Any) -> StoredJob:
-    return store.add(dataclasses.replace(NEW, **values), b"picture", MANY)[0]
+    return store.add(dataclasses.replace(NEW, **values), {"image": b"picture"}, MANY)[0]
 
 
 def again(store: Store, job: StoredJob) -> StoredJob:
@@ -125,10 +125,10 @@ def test_a_lost_attempt_cannot_change_the_job_that_runs_again(store: Store) -> N
     lost = claimed(store)
     assert store.recover(all_lost=True) == (1, 0)
     assert not store.is_held(lost) and again(store, lost).status == "queued"
-    new, image = store.claim() or (lost, None)
+    new, given = store.claim() or (lost, None)
     assert (new.number, new.attempts) == (lost.number, 2) and new.attempt != lost.attempt
     assert not store.complete(lost, "old", {}, 1) and not store.hold(lost, "", 99)
-    assert image == b"picture" and store.is_held(new)
+    assert given == {"image": b"picture"} and store.is_held(new)
     assert store.complete(new, "new", {}, 1) and again(store, new).output == "new"
 
 
@@ -231,13 +231,21 @@ def test_a_job_belongs_to_its_owner(store: Store) -> None:
     assert again(store, job).status == "queued"
 
 
+def test_a_job_has_as_many_images_as_it_was_sent(store: Store) -> None:
+    for sent in ({}, {"image": b"first", "last_image": b"last"}):
+        store.add(NEW, sent, MANY)
+        job, given = store.claim() or (None, None)
+        assert given == sent and len(images(store)) == len(sent) and job
+        assert store.complete(job, "out", {}, 1) and images(store) == []
+
+
 def test_a_key_names_one_job(store: Store) -> None:
     job = add(store, idempotency_key="k")
-    assert store.add(dataclasses.replace(NEW, idempotency_key="k"), b"", MANY) == (job, False)
+    assert store.add(dataclasses.replace(NEW, idempotency_key="k"), {}, MANY) == (job, False)
     assert store.earlier(dataclasses.replace(NEW, idempotency_key="k")) == job
     assert add(store, idempotency_key="k", owner="b").id != job.id
     assert add(store, idempotency_key="l").id != job.id
-    for call in (lambda new: store.add(new, b"", MANY), store.earlier):
+    for call in (lambda new: store.add(new, {}, MANY), store.earlier):
         with pytest.raises(KeyReusedError):
             call(dataclasses.replace(NEW, idempotency_key="k", fingerprint="g"))
     store.cancel(job.id, "a", deletes=True)
@@ -254,7 +262,7 @@ def test_a_key_that_comes_many_times_at_once_names_one_job(store: Store) -> None
 def test_a_full_queue_takes_no_job(store: Store) -> None:
     def one_more(_: int) -> bool:
         try:
-            return store.add(NEW, b"", 5)[1]
+            return store.add(NEW, {}, 5)[1]
         except QueueFullError:
             return False
 
@@ -322,15 +330,15 @@ def test_a_database_has_the_version_of_its_tables(url: str, monkeypatch: pytest.
     store = Store(url)
     number = add(store).number
     store.close()
-    monkeypatch.setattr(tables, "VERSION", 2)
+    monkeypatch.setattr(tables, "VERSION", 3)
     place = "--data-dir" if url.startswith("sqlite") else "--database"
-    with pytest.raises(ConfigError, match=f"^{place}: its queue has tables of version 1, but .* uses version 2: use"):
+    with pytest.raises(ConfigError, match=f"^{place}: its queue has tables of version 2, but .* uses version 3: use"):
         Store(url)
     monkeypatch.undo()
     store = Store(url)
     assert [job.number for job in store.page("a", 9, None, "desc")[0]] == [number]  # type: ignore[index]
     with store._engine.connect() as connection:
-        assert connection.execute(select(tables.SCHEMA.c.version)).scalars().all() == [1]
+        assert connection.execute(select(tables.SCHEMA.c.version)).scalars().all() == [2]
     store.close()
 
 
@@ -341,10 +349,9 @@ def test_a_database_without_a_version_is_of_the_first(url: str, monkeypatch: pyt
     with store._engine.begin() as connection:
         tables.SCHEMA.drop(connection)
     store.close()
-    with monkeypatch.context() as patch:
-        patch.setattr(tables, "VERSION", 2)
-        with pytest.raises(ConfigError, match="has tables of version 1"):
-            Store(url)
+    with pytest.raises(ConfigError, match="has tables of version 1"):
+        Store(url)
+    monkeypatch.setattr(tables, "VERSION", 1)
     store = Store(url)
     with store._engine.connect() as connection:
         assert connection.execute(select(tables.SCHEMA.c.version)).scalars().all() == [1]
@@ -360,7 +367,7 @@ def test_a_change_of_the_tables_needs_another_version() -> None:
         for column in table.columns
     ]
     digest = hashlib.sha256(repr(columns).encode()).hexdigest()[:12]
-    assert (tables.VERSION, digest) == (1, "8d8721f520bb")
+    assert (tables.VERSION, digest) == (2, "834711556e53")
 
 
 @pytest.mark.parametrize(

@@ -424,7 +424,7 @@ def test_a_lost_attempt_of_another_server_is_found(
             seconds="1",
             fingerprint="",
         )
-        lost, _ = other.add(new, STAR.read_bytes(), 100)
+        lost, _ = other.add(new, {"image": STAR.read_bytes()}, 100)
         monkeypatch.setattr(other, "_lease", lambda: other._now() + 0.1)  # LEASE_S would change the server's leases too
         assert other.claim()
         until(lambda: server.show(lost.id)["status"] == "queued")
@@ -585,6 +585,7 @@ def test_files_that_dead_servers_left_are_removed(tmp_path: Path, monkeypatch: p
         f"video_{'0' * 32}-{'1' * 16}.mp4",
         f".video_{'0' * 32}-{'1' * 16}.mp4.77.part",
         f"video_{'0' * 32}-2.image",
+        f"video_{'0' * 32}-2.last_image",
     ]
     for name in left:
         (folder / name).touch()
@@ -612,7 +613,7 @@ def test_jobs_that_the_next_server_fails_are_counted(tmp_path: Path, monkeypatch
     settings = ServerSettings(host="127.0.0.1", port=0, data_dir=tmp_path)
     store = Store(settings.database_url)
     new = NewJob(owner="a", options={}, model="tiny", size="64x64", seconds="1", fingerprint="f")
-    store.add(new, b"", 1)
+    store.add(new, {}, 1)
     assert store.claim()
     store.close()
     opened = Opened.of({**SMALL, "artifacts_dir": str(tmp_path / "artifacts")})

@@ -25,7 +25,7 @@ from wanfast.runtime.store.artifacts import note
 from wanfast.server import replies
 from wanfast.server.changes import MOST_OF_A_KEY, MOST_STREAMS, Changes, Looks, lines
 from wanfast.server.checks import Checks
-from wanfast.server.fields import Asked, Fields, read
+from wanfast.server.fields import IMAGE, LAST, Asked, Fields, read
 from wanfast.server.files import Files
 from wanfast.server.keys import EVERYBODY, Keys
 from wanfast.server.metrics import Metrics
@@ -41,6 +41,7 @@ _RETRY_S = 10  # a client may try again after this time
 _BUSY = {"Retry-After": str(_RETRY_S)}
 _LOOK_S = 0.5  # between two looks at the database of a request that waits for its video
 _MOST_ADDING = 4  # requests whose images are checked, or whose jobs are written, at once
+_LAST_IMAGE = "The image that the video ends with."
 _CLIENT_LEFT = 499  # nobody reads this answer
 _UNSUPPORTED = ("remix", "edits", "extensions", "characters")
 _STATUS_OF_SYNC = {"not_finite": 500, "rank_failed": 500, "server_error": 500, CANCELLED: 409, "invalid_video": 400}
@@ -241,8 +242,8 @@ def _add(asked: Asked, owner: str, key: str | None, parts: Parts) -> StoredJob:
     try:
         if earlier := store.earlier(new):
             return earlier
-        parts.checks.plan(new, asked.image)
-        job, is_new = store.add(new, asked.image, parts.most_jobs)
+        parts.checks.plan(new, asked.images)
+        job, is_new = store.add(new, asked.images, parts.most_jobs)
     except QueueFullError:
         message = f"the queue is full, because {parts.most_jobs} videos wait: try again later"
         raise ApiError(429, message, code="queue_full", headers=_BUSY) from None
@@ -340,9 +341,9 @@ class _Download(FileResponse):
 
 
 def _content(*, takes_images: bool) -> dict[str, Any]:
-    """Returns the OpenAPI description of a body: JSON, or a form with the image as a file.
+    """Returns the OpenAPI description of a body: JSON, or a form with the images as files.
 
-    If `takes_images` is false, the body has no image.
+    If `takes_images` is false, the body has no images.
     """
     schema = Fields.model_json_schema()
     if not takes_images:
@@ -351,7 +352,7 @@ def _content(*, takes_images: bool) -> dict[str, Any]:
     file = {"type": "string", "format": "binary"}
 
     def with_image(image: dict[str, Any]) -> dict[str, Any]:
-        properties = {**schema["properties"], "input_reference": image}
-        return {"schema": {**schema, "properties": properties, "required": ["prompt", "input_reference"]}}
+        properties = {**schema["properties"], IMAGE: image, LAST: {**image, "description": _LAST_IMAGE}}
+        return {"schema": {**schema, "properties": properties, "required": ["prompt", IMAGE]}}
 
     return {"application/json": with_image(url), "multipart/form-data": with_image(file)}

@@ -12,7 +12,8 @@ import math
 import secrets
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,13 +27,13 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.processes.handle import Opened
-from wanfast.server.fields import IMAGE, Asked, Fields
+from wanfast.server.fields import IMAGE, IMAGES, LAST, Asked, Fields
 from wanfast.server.replies import ApiError, in_fields, in_names_of_fields, unfit, without_paths
 from wanfast.server.store import NewJob
 
 _LONGEST_S = 12  # the longest that clients of OpenAI's video API ask for
 _MOST_CLIPS = 100
-_OF_ONE_VIDEO = {"image", "prompt", "seed"}
+_OF_ONE_VIDEO = {"image", "last_image", "prompt", "seed"}
 _UNPLANNED = "the server cannot plan this video; the server's log has the reason"
 
 
@@ -102,13 +103,9 @@ class Served:
         `opened`: the server's opened models. `defaults`: options of `Handle.make` that a request may override.
         `max_clips`: the largest number of clips of one video; None: as many as 12 seconds need. Every video has one
         clip if the model takes no images, or if a clip has only one frame. Raises ConfigError if `max_clips` is larger
-        than 1 for such a server, or if the server's recipe needs a last image.
+        than 1 for such a server.
         """
         config, spec = opened.placed.config, opened.files.spec
-        if (recipe := config.models.recipe) and _needs_last_image(recipe):
-            raise ConfigError(
-                f"--recipe {recipe} needs a last image, but a request has no field for it: use another recipe"
-            )
         name = config.models.model if config.models.model in NAMED_MODELS else spec.name
         frames = config.video.frames
         one = cls(opened, spec, name, parse_size(config.video.size), frames, 1, defaults)
@@ -138,17 +135,14 @@ class Checks:
         """Converts a request to a job that can be queued. Raises ApiError if a field is wrong.
 
         `owner`: the client. `idempotency_key`: the request's header of this name, or None. This method does not decode
-        the request's image; `plan` does.
+        the request's images; `plan` does.
         """
         fields, served = asked.fields, self._served
         if fields.model not in (None, served.model, served.spec.name):
             message = f"model: this server has only {served.model}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        self._check_image(asked)
-        if fields.recipe and _needs_last_image(fields.recipe):
-            raise unfit(
-                "recipe", f"{fields.recipe} needs a last image, but a request has no field for it: use another recipe"
-            )
+        recipe = fields.recipe or served.planner.asked.get("recipe")
+        self._check_images(asked, recipe)
         boundary = fields.boundary_ratio
         if boundary not in (None, served.spec.boundary):
             raise unfit(
@@ -156,7 +150,6 @@ class Checks:
                 f"only the model's own value {served.spec.boundary:g} is possible: leave out this field",
             )
         own = self._options(fields)
-        recipe = fields.recipe or served.planner.asked.get("recipe")
         if has_levels(recipe):
             for field in in_names_of_fields({name: own.get(name) for name in OF_GRID}):
                 raise unfit(field, f"the recipe {recipe} has its own noise levels: leave out this field")
@@ -165,6 +158,9 @@ class Checks:
         frames, clips = self._length(fields, fps)
         width, height = self._size(fields)
         options |= {"size": f"{width}x{height}", "frames": frames, **served.fit}
+        if clips > 1 and "last_image" in asked.images:
+            one = _length_of(served.most_frames, fps)
+            raise unfit(LAST, f"a video with a last image has a single clip, of at most {one}: ask for fewer seconds")
         if clips > 1:  # each clip starts from the last frame of the one before
             options["prompt"] = [fields.prompt] * clips
         return NewJob(
@@ -178,20 +174,23 @@ class Checks:
             priority=fields.priority,
         )
 
-    def plan(self, new: NewJob, image: bytes) -> None:
+    def plan(self, new: NewJob, images: Mapping[str, bytes]) -> None:
         """Plans the video of a job, so that a wrong option or image is refused before the job is queued.
 
-        `image`: the content of the image file, empty for a model that takes no images. Raises ApiError.
+        `images`: the content of each image file, by the option of `Handle.make` that gets the image. Raises ApiError.
         """
-        with self._decoding, tempfile.TemporaryFile() as file:  # nothing is left, however this process ends
-            file.write(image)
-            file.flush()
-            path = f"/proc/self/fd/{file.fileno()}"
+        with self._decoding, ExitStack() as opened:
+            paths = {}
+            for option, image in images.items():
+                file = opened.enter_context(tempfile.TemporaryFile())  # nothing is left, however this process ends
+                file.write(image)
+                file.flush()
+                paths[option] = f"/proc/self/fd/{file.fileno()}"
             try:
                 with asked_once():
-                    self._served.planner.plan({**new.options, **({"image": path} if image else {})})
+                    self._served.planner.plan({**new.options, **paths})
             except ConfigError as error:
-                raise _refusal(error, path) from None
+                raise _refusal(error, paths.values()) from None
             except WanFastError as error:  # what is wrong with the server is not for its clients
                 raise ApiError(503, without_paths(str(error), _UNPLANNED), code="unavailable") from error
 
@@ -206,7 +205,7 @@ class Checks:
         width, height = served.size
         own = dataclasses.asdict(chosen) | {"size": f"{width}x{height}", "frames": served.frames}
         defaults = in_names_of_fields({name: own[name] for name in own.keys() - _OF_ONE_VIDEO})
-        recipes = [name for name in RECIPES if served.planner.has_models_of(name) and not _needs_last_image(name)]
+        recipes = [name for name in RECIPES if served.planner.has_models_of(name)]
         return {
             "defaults": defaults,
             "recipe": served.planner.asked.get("recipe"),
@@ -215,11 +214,14 @@ class Checks:
             "max_seconds": served.joined_frames / chosen.fps,
         }
 
-    def _check_image(self, asked: Asked) -> None:
-        if self.takes_images and not asked.image:
+    def _check_images(self, asked: Asked, recipe: RecipeName | None) -> None:
+        for name, option in IMAGES.items():
+            if option in asked.images and not self.takes_images:
+                raise unfit(name, "this model makes videos from text alone: leave it out")
+        if self.takes_images and "image" not in asked.images:
             raise unfit(IMAGE, "is missing: this model makes a video from an image")
-        if asked.image and not self.takes_images:
-            raise unfit(IMAGE, "this model makes videos from text alone: leave it out")
+        if recipe and needs_last_image(recipe) and "last_image" not in asked.images:
+            raise unfit(LAST, f"is missing: the recipe {recipe} makes videos between two images")
 
     def _options(self, fields: Fields) -> dict[str, Any]:
         second = fields.guidance_scale if fields.guidance_scale_2 is None else fields.guidance_scale_2
@@ -262,7 +264,7 @@ class Checks:
         try:
             width, height = parse_size(fields.size)
         except ConfigError as error:
-            raise _refusal(error, "") from None
+            raise _refusal(error) from None
         most_width, most_height = self._served.size
         if width * height > most_width * most_height:
             raise unfit(
@@ -292,18 +294,17 @@ def _seed(fields: Fields, clips: int) -> int:
     return fields.seed
 
 
-def _needs_last_image(recipe: RecipeName) -> bool:
-    """Returns whether a recipe needs a last image; a request has no field for a last image."""
+def needs_last_image(recipe: RecipeName) -> bool:
     return RECIPES[recipe].num_images > 1
 
 
 def _fingerprint(asked: Asked) -> str:
-    """Returns a hash of a request's fields and image, by which a repeated request is recognized."""
-    fields = json.dumps(asked.fields.model_dump(), sort_keys=True).encode()
-    return hashlib.sha256(hashlib.sha256(asked.image).digest() + fields).hexdigest()
+    """Returns a hash of a request's fields and images, by which a repeated request is recognized."""
+    images = {option: hashlib.sha256(data).hexdigest() for option, data in asked.images.items()}
+    return hashlib.sha256(json.dumps([asked.fields.model_dump(), images], sort_keys=True).encode()).hexdigest()
 
 
-def _refusal(error: ConfigError, path: str) -> ApiError:
+def _refusal(error: ConfigError, paths: Iterable[str] = ()) -> ApiError:
     """Converts an error about options into an error that names the fields of the request."""
-    message, param = in_fields(error, path)
+    message, param = in_fields(error, paths)
     return ApiError(400, without_paths(message, _UNPLANNED), param=param, code="invalid_value")

@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -19,13 +20,15 @@ from wanfast.runtime.facts.choices import RecipeName
 from wanfast.server.replies import ApiError, unfit
 
 MOST_LETTERS = 20_000  # of a prompt; the model reads about 2,000
-_MOST_FIELDS = 40
-IMAGE = "input_reference"
-_NESTED = f"{IMAGE}[image_url]"  # how the openai client writes {"image_url": ...} into a form
+_MOST_FIELDS = 40  # without files
+IMAGE, LAST = "input_reference", "last_image"
+IMAGES = {IMAGE: "image", LAST: "last_image"}  # the fields that hold images -> options of `Handle.make`
+_NESTED = {f"{name}[image_url]": name for name in IMAGES}  # how the openai client writes {"image_url": ...} into a form
+_FILES = " and ".join(IMAGES)
 
 
 class Fields(BaseModel):
-    """This class holds the fields of a request for a video, except the image."""
+    """This class holds the fields of a request for a video, except the images."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,10 +63,10 @@ class Fields(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """This class holds a request for a video: fields with checked types, and an image that is not decoded yet."""
+    """This class holds a request for a video: fields with checked types, and images that are not decoded yet."""
 
     fields: Fields
-    image: bytes  # empty if the client sent none
+    images: Mapping[str, bytes]  # option of `Handle.make` -> content of the file; only those that the client sent
 
 
 async def read(request: Request, most_bytes: int) -> Asked:
@@ -75,8 +78,8 @@ async def read(request: Request, most_bytes: int) -> Asked:
         values = await _form(request, most_bytes)
     else:
         raise ApiError(415, "the body must be application/json or multipart/form-data", code="unsupported_media_type")
-    image = _image(values.pop(IMAGE, None))
-    return Asked(_checked(values), image)
+    images = {option: _image(values.pop(name, None), name) for name, option in IMAGES.items()}
+    return Asked(_checked(values), {option: data for option, data in images.items() if data})
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -95,24 +98,27 @@ def _no_constant(name: str) -> None:
 
 async def _form(request: Request, most_bytes: int) -> dict[str, Any]:
     try:
-        form = await request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=most_bytes)
+        form = await request.form(max_files=len(IMAGES), max_fields=_MOST_FIELDS, max_part_size=most_bytes)
     except (MultiPartException, HTTPException, UnicodeDecodeError):
-        message = f"the form is damaged, has over {_MOST_FIELDS} fields, or over one file: only {IMAGE} may be a file"
+        message = (
+            f"the form is damaged, or has over {_MOST_FIELDS} fields or {len(IMAGES)} files: only {_FILES} can be files"
+        )
         raise ApiError(400, message, code="invalid_form") from None
     values: dict[str, Any] = {}
     try:
         for name, value in form.multi_items():
-            if name in values or (name == _NESTED and IMAGE in values):
+            field = _NESTED.get(name, name)
+            if field in values:
                 raise unfit(name[:60], "is given twice: keep one")
-            if name == IMAGE and not isinstance(value, UploadFile):
-                raise unfit(IMAGE, f"is text, not a file: send a file, such as by `curl -F {IMAGE}=@star.png`")
-            if isinstance(value, UploadFile) and name not in (IMAGE, _NESTED):
-                raise unfit(name[:60], f"only the field {IMAGE} can be a file")
-            values[IMAGE if name == _NESTED else name] = (
+            if name in IMAGES and not isinstance(value, UploadFile):
+                raise unfit(name, f"is text, not a file: send a file, such as by `curl -F {name}=@star.png`")
+            if isinstance(value, UploadFile) and field not in IMAGES:
+                raise unfit(name[:60], f"only {_FILES} can be files")
+            values[field] = (
                 await value.read()
                 if isinstance(value, UploadFile)
                 else {"image_url": value}
-                if name == _NESTED
+                if name in _NESTED
                 else value
             )
     finally:
@@ -120,23 +126,26 @@ async def _form(request: Request, most_bytes: int) -> dict[str, Any]:
     return values
 
 
-def _image(value: Any) -> bytes:
-    """Returns the bytes of the image that came with the request; the server fetches no address. Raises ApiError."""
+def _image(value: Any, name: str) -> bytes:
+    """Returns the bytes of the image that came in the field `name`, empty for none. Raises ApiError.
+
+    The server fetches no address.
+    """
     if isinstance(value, bytes) and value:
         return value
     if value is None or value == b"":
         return b""
     if not isinstance(value, dict) or set(value) != {"image_url"} or not isinstance(value["image_url"], str):
-        raise unfit(IMAGE, 'send a file in a form, or in JSON {"image_url": "data:image/png;base64,..."}')
+        raise unfit(name, 'send a file in a form, or in JSON {"image_url": "data:image/png;base64,..."}')
     head, comma, text = value["image_url"].partition(",")
     if not (head.startswith("data:") and head.endswith(";base64") and comma):
-        raise unfit(IMAGE, "the server fetches no address: send the image itself, as data:image/png;base64,...")
+        raise unfit(name, "the server fetches no address: send the image itself, as data:image/png;base64,...")
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise unfit(IMAGE, "is not base64: encode the bytes of the file") from None
+        raise unfit(name, "is not base64: encode the bytes of the file") from None
     if not data:
-        raise unfit(IMAGE, "is empty: send an image")
+        raise unfit(name, "is empty: send an image")
     return data
 
 
@@ -150,5 +159,5 @@ def _checked(values: dict[str, Any]) -> Fields:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     name = str(first["loc"][0])[:60] if first["loc"] else "prompt"
     if first["type"] == "extra_forbidden":
-        raise unfit(name, f"no such field: use {', '.join([*Fields.model_fields, IMAGE])}")
+        raise unfit(name, f"no such field: use {', '.join([*Fields.model_fields, *IMAGES])}")
     raise unfit(name, "is missing" if first["type"] == "missing" else first["msg"][:1].lower() + first["msg"][1:])

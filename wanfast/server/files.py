@@ -49,8 +49,8 @@ class Files:
     def thumbnail(self, attempt: str) -> Path:
         return self.folder / f"{attempt}.jpg"
 
-    def image(self, attempt: str) -> Path:
-        return self.folder / f"{attempt}.image"
+    def image(self, attempt: str, option: str) -> Path:
+        return self.folder / f"{attempt}.{option}"
 
     def free_bytes(self) -> int:
         """Returns the free space of the folder's disk; 0 if the folder is gone."""

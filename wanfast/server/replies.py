@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from wanfast.runtime.config.option import flag
@@ -15,6 +15,7 @@ _FIELD_OF = {  # option of `Handle.make` -> the field that gives it
     "prompt": "prompt", "negative_prompt": "negative_prompt", "size": "size", "frames": "num_frames", "fps": "fps",
     "steps": "num_inference_steps", "guidance_high_noise": "guidance_scale", "guidance_low_noise": "guidance_scale_2",
     "shift": "flow_shift", "seed": "seed", "recipe": "recipe", "image": "input_reference",
+    "last_image": "last_image",
 }  # fmt: skip
 _FLAG = re.compile("|".join(f"{flag(name)}(?![\\w-])" for name in _FIELD_OF))
 _PATH = re.compile(r"(?<![\w.<])~?/[\w.-]+/")  # the beginning of a path of two or more parts
@@ -47,15 +48,19 @@ def unfit(param: str, message: str) -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")
 
 
-def in_fields(error: Exception, path: str = "") -> tuple[str, str | None]:
+def in_fields(error: Exception, paths: Iterable[str] = ()) -> tuple[str, str | None]:
     """Replaces the options in an error's message by the request's fields, such as --steps by num_inference_steps.
 
-    `path`: a path of the server's machine; it is removed from the message, because the client must not see it.
+    `paths`: paths of the server's machine; they are removed from the message, because the client must not see them. A
+    fix that is a command of the server's machine is removed too.
     Returns (the new message, the first field in this message). If the message names no field, the second value is None.
     """
     if isinstance(error, JoiningMemoryError):  # a request gives no clips, but the seconds of all of them
         return f"seconds: {error.need}: ask for fewer seconds, or for a smaller size", "seconds"
-    message = str(error).replace(f" {path}", "") if path else str(error)
+    message, command, _ = str(error).partition(": run `wanfast ")
+    message += ": ask the operator of this server" if command else ""
+    for path in sorted(paths, key=len, reverse=True):  # a path may be the beginning of another one
+        message = message.replace(f" {path}", "")
     first = _FLAG.search(message)
     return _FLAG.sub(lambda found: _field(found[0]), message), _field(first[0]) if first else None
 

@@ -22,7 +22,7 @@ from wanfast.runtime.processes.handle import Handle, Opened
 from wanfast.runtime.store.atomic import not_written
 from wanfast.runtime.store.sharing import lock_of
 from wanfast.server.app import Parts, create_app
-from wanfast.server.checks import Checks, Served
+from wanfast.server.checks import Checks, Served, needs_last_image
 from wanfast.server.files import Files
 from wanfast.server.keys import Keys
 from wanfast.server.metrics import Metrics
@@ -118,6 +118,7 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
     """Returns the options of the warm-up video: the server's default options, but few steps.
 
     If the model takes images, the warm-up video gets a grey image; this function writes the image into `files.folder`.
+    If the server's recipe needs a last image, that is the same image.
     Raises WanFastError if a video with the default options and all their steps cannot be planned. So a server with
     wrong default options does not start.
     """
@@ -133,6 +134,8 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
         except OSError as error:
             raise not_written(grey, error, "--data-dir") from error
         image["image"] = str(grey)
+        if (recipe := opened.asked.get("recipe")) and needs_last_image(recipe):
+            image["last_image"] = str(grey)
     size = "x".join(map(str, served.size))
     video = {**served.defaults, **image, **served.fit, "prompt": "warm-up", "seed": 0, "size": size}
     plan = opened.plan(video)

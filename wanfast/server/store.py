@@ -142,9 +142,10 @@ class Store:
     def close(self) -> None:
         self._engine.dispose()
 
-    def add(self, new: NewJob, image: bytes, most: int) -> tuple[StoredJob, bool]:
+    def add(self, new: NewJob, images: Mapping[str, bytes], most: int) -> tuple[StoredJob, bool]:
         """Queues a job and returns (the job, True).
 
+        `images`: the content of each image file of the job, by the option of `Handle.make` that gets the image.
         If an earlier job has the same owner and the same Idempotency-Key, returns (the earlier job, False). Raises
         KeyReusedError if the earlier job was made from a different request or was deleted. Raises QueueFullError if
         the number of waiting jobs is `most` or larger.
@@ -163,7 +164,9 @@ class Store:
                 .values(id=f"video_{secrets.token_hex(16)}", created_at=time.time(), **values, **state)
                 .returning(JOBS)
             ).one()
-            connection.execute(insert(IMAGES).values(job=row.number, data=image))
+            if images:
+                rows = [{"job": row.number, "option": option, "data": data} for option, data in images.items()]
+                connection.execute(insert(IMAGES), rows)
         return StoredJob.of(row), True
 
     def earlier(self, new: NewJob) -> StoredJob | None:
@@ -226,11 +229,11 @@ class Store:
             rows = connection.execute(found.where(_unended())).all()
         return {"queued": 0, "in_progress": 0} | {row[0]: row[1] for row in rows}
 
-    def claim(self) -> tuple[StoredJob, bytes] | None:
-        """Starts an attempt of the next queued job; returns (the job, its image), or None if no job is queued.
+    def claim(self) -> tuple[StoredJob, dict[str, bytes]] | None:
+        """Starts an attempt of the next queued job; returns (the job, its images), or None if no job is queued.
 
-        The image is the content of the image file, empty for a job without an image. The next job is the one with the
-        highest priority; among jobs of equal priority, the oldest.
+        The images are those that `add` got. The next job is the one with the highest priority; among jobs of equal
+        priority, the oldest.
         """
         following = (
             select(JOBS.c.number)
@@ -245,8 +248,9 @@ class Store:
             values = {"claim": secrets.token_hex(8), "lease_until": self._lease(), "stage": "", "progress": 0}
             begun = update(JOBS).where(JOBS.c.number == number)
             begun = begun.values(status="in_progress", attempts=JOBS.c.attempts + 1, **values)
-            image = connection.execute(select(IMAGES.c.data).where(IMAGES.c.job == number)).scalar_one()
-            return StoredJob.of(connection.execute(begun.returning(JOBS)).one()), image
+            of_job = select(IMAGES.c.option, IMAGES.c.data).where(IMAGES.c.job == number)
+            images = {row.option: row.data for row in connection.execute(of_job)}
+            return StoredJob.of(connection.execute(begun.returning(JOBS)).one()), images
 
     def is_held(self, job: StoredJob) -> bool:
         """Returns whether `job.attempt` still owns the job.

@@ -45,7 +45,7 @@ JOBS = Table(
     Column("fingerprint", String, nullable=False),  # of the request
     Column("priority", Integer, nullable=False),
     Column("status", String, nullable=False),
-    Column("options", String, nullable=False),  # JSON: what `Handle.make` gets beside the image
+    Column("options", String, nullable=False),  # JSON: what `Handle.make` gets beside the images
     Column("model", String, nullable=False),
     Column("size", String, nullable=False),
     Column("seconds", String, nullable=False),
@@ -68,10 +68,14 @@ JOBS = Table(
     sqlite_autoincrement=True,  # a number is never used again
 )
 IMAGES = Table(
-    "pictures", METADATA, Column("job", Integer, primary_key=True), Column("data", LargeBinary, nullable=False)
+    "images",
+    METADATA,
+    Column("job", Integer, primary_key=True),
+    Column("option", String, primary_key=True),  # of `Handle.make`, which gets the image
+    Column("data", LargeBinary, nullable=False),
 )
 SCHEMA = Table("wanfast_schema", METADATA, Column("version", Integer, primary_key=True))  # it has one row
-VERSION = 1  # of all tables here; a change of a table needs another version
+VERSION = 2  # of all tables here; a change of a table needs another version
 _BUSY_S = 30  # a writer waits this long for another
 _OF_POSTGRESQL = {  # a machine that is gone is noticed before a lease ends, and not after hours
     "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 3, "keepalives_count": 3,

@@ -162,8 +162,8 @@ class Worker:
             while not self._is_stopping:
                 self._wakes.clear()
                 if self._has_room() and (claimed := _patiently(self._store.claim)):
-                    job, image = claimed
-                    self._do(_Run(job), image)
+                    job, images = claimed
+                    self._do(_Run(job), images)
                 else:
                     self._wakes.wait(_IDLE_S)
         finally:
@@ -194,20 +194,22 @@ class Worker:
                 if start == _MOST_STARTS:
                     raise
 
-    def _do(self, run: _Run, image: bytes) -> None:
+    def _do(self, run: _Run, images: Mapping[str, bytes]) -> None:
         """Makes the video of a claimed job, and gives it to the writer; or ends the attempt with an error.
 
-        `image`: the content of the job's image file, empty for a job without an image.
+        `images`: the content of each image file of the job, by the option of `Handle.make` that gets the image.
         """
         self._runs[run.job.attempt] = run
         with self._errors_of(run), ExitStack() as opened:
-            file = self._files.image(run.job.attempt)
+            files = {option: self._files.image(run.job.attempt, option) for option in images}
             try:
-                file.write_bytes(image)
-                given = {"image": str(file)} if image else {}
+                for option, file in files.items():
+                    file.write_bytes(images[option])
+                given = {option: str(file) for option, file in files.items()}
                 video = self._made(run, run.report, partial(self._record, run, opened), {**run.job.options, **given})
             finally:
-                file.unlink(missing_ok=True)
+                for file in files.values():
+                    file.unlink(missing_ok=True)
             writing, self._writing = self._writing, None  # an error of the writer is raised once
             if writing is not None:
                 writing.result()  # so that no more than two videos lie in memory

@@ -25,13 +25,17 @@ function set(id, text) {
 
 // ---- a new video
 
-fields.input_reference.addEventListener("change", () => {
-  const [file] = fields.input_reference.files;
-  URL.revokeObjectURL($("image").src);
-  $("image").hidden = true; // until the browser has decoded it, which it cannot do for each format
-  if (file) $("image").src = URL.createObjectURL(file);
-});
-$("image").addEventListener("load", () => { $("image").hidden = false; });
+const IMAGES = { input_reference: $("image"), last_image: $("last") }; // fields with a file, and where it is shown
+
+for (const [name, image] of Object.entries(IMAGES)) {
+  fields[name].addEventListener("change", () => {
+    const [file] = fields[name].files;
+    URL.revokeObjectURL(image.src);
+    image.hidden = true; // until the browser has decoded it, which it cannot do for each format
+    if (file) image.src = URL.createObjectURL(file);
+  });
+  image.addEventListener("load", () => { image.hidden = false; });
+}
 
 form.addEventListener("input", () => { request = null; });
 form.addEventListener("submit", async event => {
@@ -41,10 +45,10 @@ form.addEventListener("submit", async event => {
   clearErrors();
   const body = new FormData(form);
   set("new-state", "Sending the request.");
-  for (const [name, value] of [...body]) if (value === "") body.delete(name);
+  for (const [name, value] of [...body]) if (value === "" || value.size === 0) body.delete(name);
   request ??= [...crypto.getRandomValues(new Uint8Array(16))].map(byte => byte.toString(16)).join("-");
   try {
-    checkSize(body.get("input_reference"));
+    checkSize(Object.keys(IMAGES).filter(name => body.has(name)).map(name => ({ name, size: body.get(name).size })));
     const answer = await ask("/v1/videos", { method: "POST", body, headers: { "Idempotency-Key": request } });
     const video = await answer.json();
     request = null;
@@ -61,10 +65,11 @@ form.addEventListener("submit", async event => {
 });
 
 // A body that is too large is refused before it is read, and then the browser may not read the answer.
-function checkSize(image) {
-  if (!image || image.size < mostBytes) return;
-  const message = `The image has more than ${mostBytes / 1e6} MB: choose a smaller one.`;
-  throw new Refused(413, { message, param: "input_reference" });
+function checkSize(images) {
+  if (images.reduce((sum, image) => sum + image.size, 0) < mostBytes) return;
+  const message = `${images.length > 1 ? "The images have" : "The image has"} more than ${mostBytes / 1e6} MB: choose a smaller one.`;
+  const [largest] = images.toSorted((a, b) => b.size - a.size);
+  throw new Refused(413, { message, param: largest.name });
 }
 
 const wordsOf = error => (error.status ? error.message : "The server cannot be reached. Press the button again.");
@@ -319,7 +324,8 @@ async function describe() {
   fields.recipe.replaceChildren(new Option(own, ""), ...others.map(name => new Option(name, name)));
   fields.recipe.value = others.includes(chosen) ? chosen : "";
   mostBytes = model.max_upload_bytes;
-  $("given").hidden = fields.input_reference.disabled = !model.takes_images; // a disabled field is not sent
+  $("given").hidden = !model.takes_images;
+  for (const name of Object.keys(IMAGES)) fields[name].disabled = !model.takes_images; // a disabled field is not sent
   for (const [name, value] of Object.entries(model.defaults)) fields.namedItem(name).placeholder = value;
 }
 
