@@ -18,7 +18,7 @@ from wanfast.quality import kinds, tiny
 from wanfast.quality.kinds import CLIPS, Frames, KindTask, chain_figures, goes_on
 from wanfast.quality.photographs import Photographs
 from wanfast.quality.world import Renderer, Scene, camera_scene, draw_scene
-from wanfast.runtime.engine.pixels import of_frame, to_uint8
+from wanfast.runtime.engine.pixels import of_decoded, to_uint8
 
 SIDE, STEPS = 64, 16  # STEPS: from one frame that two clips share to the next
 
@@ -142,7 +142,7 @@ def test_a_clip_starts_from_the_last_frame_of_the_one_before(
     assert [(seed, prompt) for seed, prompt, _, _ in made] == [(1 + clip, scene.caption) for clip in range(CLIPS)]
     assert torch.equal(made[0][2], truth[:, 0])
     for (*_, before), (_, _, image, _) in pairwise(made):
-        assert torch.equal(image, of_frame(to_uint8(before[:, -1:])[0]))
+        assert torch.equal(image, of_decoded(to_uint8(before[:, -1:])[0]))
     joined = np.concatenate([to_uint8(made[0][3]), *(to_uint8(video)[1:] for *_, video in made[1:])])
     assert row["seams"] == chain_figures(joined, "camera", scene)["seams"] and row["asked"] == scene.camera
 

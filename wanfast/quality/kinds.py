@@ -99,7 +99,7 @@ def _chain(judge: Judge, task: KindTask, scene: Scene, truth: Tensor) -> dict[st
     joined = Joined(frames.extend)
     for clip in range(CLIPS):
         start = joined.begin_clip()
-        image = truth[:, 0] if start is None else pixels.of_frame(start)
+        image = truth[:, 0] if start is None else pixels.of_decoded(start)
         joined.add(pixels.to_uint8(_video(judge, task.index + clip, scene, image)))
     return chain_figures(np.stack(frames), task.mover, scene)
 
