@@ -19,6 +19,7 @@ from wanfast.quality.kinds import CLIPS, Frames, KindTask, chain_figures, goes_o
 from wanfast.quality.photographs import Photographs
 from wanfast.quality.world import Renderer, Scene, camera_scene, draw_scene
 from wanfast.runtime.engine.pixels import of_decoded, to_uint8
+from wanfast.runtime.store import model_files
 
 SIDE, STEPS = 64, 16  # STEPS: from one frame that two clips share to the next
 
@@ -116,6 +117,13 @@ def test_a_jump_at_a_seam_and_a_drift_of_colours_are_figures() -> None:
     assert (chains["motion_goes_on"]["right"], chains["motion_goes_on"]["of"]) == (6, 6)
     ((_, goes_on),) = chains["motion_goes_on_by_motion"].items()  # still shapes do not count
     assert goes_on == [6, 6]
+    assert {name: of["smooth_videos"] for name, of in chains["seams_by_motion"].items()} == {
+        "circle": [1, 2],
+        "still": [1, 1],
+    }
+    circle, still_ones = (chains["seams_by_motion"][name] for name in ("circle", "still"))
+    assert circle["seams"] > chains["difference"]["seams"] > still_ones["seams"] and circle["inside"] > 0
+    assert found["weights"] == model_files.locate("tiny", "artifacts").fingerprints
     assert chains["difference"]["seams"] > chains["difference"]["inside"] and found["between"] == {}
     for clip, drift in enumerate(chains["drift"], 1):
         assert drift["mean"] == pytest.approx([10 * clip / 3, 0, 0], abs=0.2)  # one of three
