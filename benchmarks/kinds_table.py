@@ -44,7 +44,7 @@ def lines(root: Path) -> list[str]:
         cells = [_cell(document, of.replace("MOVER", mover), figures) for mover in movers]
         made.append(f"| {name} | {' | '.join(cells)} |")
     device, version = document["hardware"]["device"], document["versions"]["torch"]
-    note = f"[^kinds]: `make tiny-kinds`: {device}, torch {version}; `{OWN}` ({document['commit'][:7]})."
+    note = f"[^kinds]: `make tiny-kinds`: {device}, torch {version}; `{OWN}` ({document['commit']})."
     return [*made, "", note, "", *declaration(OWN, figures)]
 
 

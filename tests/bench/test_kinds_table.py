@@ -43,7 +43,7 @@ def measured_kinds() -> dict[str, Any]:
         "chains": {"shape": chains(1.25), "camera": chains(3.75)},
         "hardware": {"device": "a CPU"},
         "versions": {"torch": "2.13.0"},
-        "commit": "0123456789ab",
+        "commit": "0123456789ab-dirty",
     }
 
 
@@ -71,7 +71,7 @@ def test_a_result_fills_the_table(root: Path, monkeypatch: pytest.MonkeyPatch) -
         "| seams over which the motion goes on | 40 of 45 | 40 of 45 |",
         "| 18 of 18, 15 of 18 | 18 of 18, 15 of 18 |",
         "in clip 4, of 255 | -1.50, +0.00, +2.00 | -1.50, +0.00, +2.00 |",
-        "[^kinds]: `make tiny-kinds`: a CPU, torch 2.13.0; `benchmarks/results/tiny-kinds.json` (0123456).",
+        "[^kinds]: `make tiny-kinds`: a CPU, torch 2.13.0; `benchmarks/results/tiny-kinds.json` (0123456789ab-dirty).",
         "34.0 dB = between/shape/given/last_frame_psnr; 32.0 dB = between/shape/given/last_frame_psnr_least",
         "3.750 = chains/camera/difference/seams",
     ):
