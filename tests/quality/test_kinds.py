@@ -100,7 +100,8 @@ def test_the_motion_of_a_camera_goes_on_or_not(pack: Path, name: str) -> None:
 
 
 def chain_row(frames: Frames, scene: Scene) -> dict[str, Any]:
-    return {"kind": "chain", "mover": "shape", "asked": scene.motion, **chain_figures(frames, "shape", scene)}
+    about = {"kind": "chain", "mover": "shape", "asked": scene.motion, "round_trips": [0.25, 0.5, 0.75]}
+    return {**about, **chain_figures(frames, "shape", scene)}
 
 
 def test_a_jump_at_a_seam_and_a_drift_of_colours_are_figures() -> None:
@@ -123,6 +124,7 @@ def test_a_jump_at_a_seam_and_a_drift_of_colours_are_figures() -> None:
     }
     circle, still_ones = (chains["seams_by_motion"][name] for name in ("circle", "still"))
     assert circle["seams"] > chains["difference"]["seams"] > still_ones["seams"] and circle["inside"] > 0
+    assert chains["difference"]["round_trip"] == circle["round_trip"] == 0.5
     assert found["weights"] == model_files.locate("tiny", "artifacts").fingerprints
     assert chains["difference"]["seams"] > chains["difference"]["inside"] and found["between"] == {}
     for clip, drift in enumerate(chains["drift"], 1):
@@ -151,6 +153,12 @@ def test_a_clip_starts_from_the_last_frame_of_the_one_before(
     assert torch.equal(made[0][2], truth[:, 0])
     for (*_, before), (_, _, image, _) in pairwise(made):
         assert torch.equal(image, of_decoded(to_uint8(before[:, -1:])[0]))
+    vae, start = judge.pipeline.vae, made[1][2][:, None]
+    again = to_uint8(vae.decode(vae.encode(start[None]))[0])
+    difference = np.abs(again.astype(int) - to_uint8(start)).mean()
+    assert (
+        len(row["round_trips"]) == CLIPS - 1 and row["round_trips"][0] == pytest.approx(difference) and difference > 0
+    )
     joined = np.concatenate([to_uint8(made[0][3]), *(to_uint8(video)[1:] for *_, video in made[1:])])
     assert row["seams"] == chain_figures(joined, "camera", scene)["seams"] and row["asked"] == scene.camera
 

@@ -98,12 +98,23 @@ def _between(judge: Judge, task: KindTask, scene: Scene, truth: Tensor) -> dict[
 def _chain(judge: Judge, task: KindTask, scene: Scene, truth: Tensor) -> dict[str, Any]:
     """Makes clips that start from the frame before, with seeds that follow, and joins them."""
     frames: list[pixels.Frame] = []
+    round_trips = []
     joined = Joined(frames.extend)
     for clip in range(CLIPS):
         start = joined.begin_clip()
         image = truth[:, 0] if start is None else pixels.of_decoded(start)
+        if start is not None:
+            round_trips.append(_round_trip(judge, image))
         joined.add(pixels.to_uint8(_video(judge, task.index + clip, scene, image)))
-    return chain_figures(np.stack(frames), task.mover, scene)
+    return {**chain_figures(np.stack(frames), task.mover, scene), "round_trips": round_trips}
+
+
+def _round_trip(judge: Judge, image: Tensor) -> float:
+    """Returns by how much, in units of 1/255, the VAE changes an image [3, H, W] that it encodes and decodes."""
+    vae, given = judge.pipeline.vae, image[:, None]
+    decoded = vae.decode(vae.encode(given[None].to(judge.settings.device)))[0]
+    before, after = (pixels.to_uint8(video).astype(np.int16) for video in (given, decoded))
+    return float(np.abs(after - before).mean())
 
 
 def _video(judge: Judge, seed: int, scene: Scene, image: Tensor, last: Tensor | None = None) -> Tensor:
@@ -238,12 +249,17 @@ def _figures_of_chains(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _difference(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the mean differences of neighbouring frames at the seams and inside the clips, in units of 1/255."""
-    inside, seams = (np.concatenate([row[name] for row in rows]) for name in ("inside", "seams"))
+    """Returns the mean differences of neighbouring frames at the seams and inside the clips, in units of 1/255.
+
+    "round_trip" is the mean difference of the shared frames to themselves, after the VAE has encoded and decoded them.
+    """
+    names = ("inside", "seams", "round_trips")
+    inside, seams, round_trips = (np.concatenate([row[name] for row in rows]) for name in names)
     return {
         "seams": round(float(seams.mean()), 3),
         "inside": round(float(inside.mean()), 3),
         "inside_95%": round(float(np.percentile(inside, 95)), 3),
+        "round_trip": round(float(round_trips.mean()), 3),
     }
 
 
