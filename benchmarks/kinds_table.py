@@ -19,6 +19,7 @@ from projection import RESULTS, ROOT
 
 OWN, PAGE, BLOCK = RESULTS / "tiny-kinds.json", "docs/kinds.md", "last images and joined clips"
 MOVERS = {"shape": "shapes", "camera": "photographs"}
+SMOOTH = "videos whose seams are below their own 95th percentile"
 
 
 def main() -> None:
@@ -43,8 +44,11 @@ def lines(root: Path) -> list[str]:
     for name, of in _rows(document["clips"]).items():
         cells = [_cell(document, of.replace("MOVER", mover), figures) for mover in movers]
         made.append(f"| {name} | {' | '.join(cells)} |")
+        if name == SMOOTH:
+            by_motion = [_by_motion(document["chains"][mover]["seams_by_motion"]) for mover in movers]
+            made.append(f"| the same by motion | {' | '.join(by_motion)} |")
     device, version = document["hardware"]["device"], document["versions"]["torch"]
-    note = f"[^kinds]: `make tiny-kinds`: {device}, torch {version}; `{OWN}` ({document['commit'][:7]})."
+    note = f"[^kinds]: `make tiny-kinds`: {device}, torch {version}; `{OWN}` ({document['commit']})."
     return [*made, "", note, "", *declaration(OWN, figures)]
 
 
@@ -60,7 +64,13 @@ def _rows(clips: int) -> dict[str, str]:
             "{chains/MOVER/difference/seams:.3f}"
         ),
         "the 95th percentile of the same inside the clips": "{chains/MOVER/difference/inside_95%:.3f}",
-        "videos whose seams are below their own 95th percentile": _share("chains/MOVER/smooth_videos"),
+        "still videos: the mean at the seams, and the 95th percentile inside the clips": (
+            "{chains/MOVER/seams_by_motion/still/seams:.3f}, {chains/MOVER/seams_by_motion/still/inside_95%:.3f}"
+        ),
+        "still videos: the difference of a shared frame to itself, encoded and decoded by the VAE": (
+            "{chains/MOVER/seams_by_motion/still/round_trip:.3f}"
+        ),
+        SMOOTH: _share("chains/MOVER/smooth_videos"),
         "seams over which the motion goes on": _share("chains/MOVER/motion_goes_on"),
         "first and last clips that show what the prompt asks for": (
             f"{_share('chains/MOVER/prompt_following/0')}, {_share(f'chains/MOVER/prompt_following/{clips - 1}')}"
@@ -73,6 +83,11 @@ def _rows(clips: int) -> dict[str, str]:
             for clip in range(clips - 1)
         },
     }
+
+
+def _by_motion(seams: dict[str, Any]) -> str:
+    """Returns how many videos of each motion have smooth seams, such as `circle 11 of 11, still 0 of 3`."""
+    return ", ".join("{} {} of {}".format(name, *of["smooth_videos"]) for name, of in seams.items())
 
 
 def _share(path: str) -> str:
@@ -101,7 +116,7 @@ def _cell(document: dict[str, Any], form: str, figures: dict[str, str]) -> str:
 def _at(document: Any, path: str) -> Any:
     """Returns what the result has at a path; None if nothing was counted there."""
     for key in path.split("/"):
-        document = document and document[int(key) if isinstance(document, list) else key]
+        document = document and (document[int(key)] if isinstance(document, list) else document.get(key))
     return document
 
 

@@ -22,7 +22,6 @@ from projection import RESULTS
 from wanfast.quality.camera import CAMERAS
 from wanfast.quality.motions import MOTIONS
 
-OWN = RESULTS / "tiny-tables.json"
 CARD = "wanfast/assets/tiny/README.md"
 MOVERS = {"shape": "shapes", "camera": "a camera over photographs"}
 EXAMPLES = "wanfast/assets/examples"
@@ -96,13 +95,13 @@ class Results:
     def footnote(self, mark: str, *names: str) -> list[str]:
         """Returns a footnote with the command, the JSON file and the commit of each result in `names`.
 
-        The line also declares the source of all figures that were shown since the last footnote.
+        The commit is the one that the JSON file names, `-dirty` included. The line also declares the source of all
+        figures that were shown since the last footnote.
         """
-        known = self.document(OWN.stem)
         used = {name: self.value(name, "versions/torch").partition("+")[0] for name in names}
         several = len(set(used.values())) > 1
         told = [
-            f"`make {name}`, `{self.file(name)}` ({known[name]['commit']}{f', torch {used[name]}' * several})"
+            f"`make {name}`, `{self.file(name)}` ({self.value(name, 'commit')}{f', torch {used[name]}' * several})"
             for name in names
         ]
         torch = "" if several else f"; torch {used[names[0]]}"

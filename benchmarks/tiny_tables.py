@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,12 +25,12 @@ from typing import Any, Literal
 
 from page_block import with_block
 from projection import RESULTS, ROOT
-from tiny_pages import OWN, written
+from tiny_pages import written
 
 from wanfast.runtime.machine.packages import commit
 from wanfast.runtime.store import model_files
 
-LIST = "training/README.md"
+OWN, LIST = RESULTS / "tiny-tables.json", "training/README.md"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,11 @@ def main() -> None:
 
 def weights() -> str:
     """Returns the identity of the tiny model's weights and tokenizer."""
-    parts = model_files.locate("tiny", "artifacts").fingerprints
+    return identity(model_files.locate("tiny", "artifacts").fingerprints)
+
+
+def identity(parts: dict[str, str]) -> str:
+    """Returns the identity of weights with these fingerprints; some results hold the fingerprints themselves."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -124,11 +129,16 @@ def stale(known: dict[str, Any], present: str) -> list[str]:
 
 
 def make(name: str, code: str | None) -> None:
-    """Makes a table with the programs of this Python's environment, and stores the weights and the commit."""
+    """Makes a table with the programs of this Python's environment, and stores the weights and the commit `code`.
+
+    The results of the table name this commit too. Otherwise they would be `-dirty`, because tables that were made
+    before them changed the tree.
+    """
     present, started = judged_by(name, weights()), time.perf_counter()
     print(f"{name}: about {TABLES[name].minutes} min", flush=True)
     programs = (f"BIN={Path(sys.executable).parent}", "-o", ".venv/dev", "-o", ".venv/runtime")
-    if failed := subprocess.run(["make", name, *programs], cwd=ROOT).returncode:
+    environment = os.environ | ({"WANFAST_COMMIT": code} if code else {})
+    if failed := subprocess.run(["make", name, *programs], cwd=ROOT, env=environment).returncode:
         raise SystemExit(f"`make {name}` ended with {failed}: fix what it printed; `make tiny-tables` continues here")
     minutes = round((time.perf_counter() - started) / 60, 1)
     known = made(ROOT) | {name: {"weights": present, "commit": code, "minutes": minutes}}

@@ -27,7 +27,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import loading
 from wanfast.runtime.engine.conditioning import draw_noises
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
-from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.facts.model_spec import T2V_A14B, ModelSpec
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.plan_json import plan_json
 from wanfast.runtime.planning.resolve import resolve
@@ -176,10 +176,10 @@ def test_final_latents_equal_diffusers(public, plan_for, has_last: bool) -> None
 
 
 def test_final_latents_of_text_alone_equal_diffusers(public_text, plan_for) -> None:
-    """The facts beside the sizes are those of the published model: shift 12, boundary 0.875."""
+    """The shift comes from the published model's facts. The boundary comes from the folder, and equals theirs."""
     plan, files = plan_for(public_text[1], image=None, steps=8)
     assert (plan.geometry.width, plan.geometry.height) == (96, 64)  # exactly --size
-    assert (plan.config.video.shift, files.spec.boundary) == (12.0, 0.875)
+    assert (plan.config.video.shift, files.spec.boundary) == (T2V_A14B.shift, T2V_A14B.boundary) == (12.0, 0.875)
     assert plan_json(plan)["steps"] == {"high_noise": 6, "low_noise": 2}
     error = relative_error(our_latents(plan, files), their_latents(public_text[0], plan))
     print(f"pipeline, {plan.geometry.width}x{plan.geometry.height}, 8 steps, 6 + 2: relative error {error:.1e}")

@@ -24,7 +24,9 @@ from tests.media.test_earlier_video import write
 from tests.server.running import until
 from wanfast.commands import dispatch, warmup
 from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine import session as session_module
+from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.pixels import fit_image, of_frame
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import ImageFit
@@ -54,8 +56,14 @@ def frames_of(video: str) -> np.ndarray:
     return np.stack([*earlier_frames(video)])
 
 
-def test_each_clip_starts_from_the_last_frame_of_the_one_before(forked: None, workdir: Path, old: Path) -> None:
-    """Two clips are those that are made one by one, from the last frame as a lossless image; so is a continuation."""
+def test_each_clip_starts_from_the_last_frame_of_the_one_before(
+    forked: None, workdir: Path, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two clips are those that are made one by one, from the last frame as a lossless image; so is a continuation.
+
+    An image has no values between the levels, so here a decoded frame has none either. The next test has them.
+    """
+    monkeypatch.setattr(pixels, "of_decoded", of_frame)  # in the ranks too, because they are forks
     shape: dict[str, Any] = {"frames": 5, "steps": 2}
 
     def single(frame: np.ndarray, prompt: str, seed: int) -> np.ndarray:
@@ -76,6 +84,24 @@ def test_each_clip_starts_from_the_last_frame_of_the_one_before(forked: None, wo
         assert (more.frames == np.concatenate([before, after[1:], last[1:]])).all()
     assert (more.plan["clips"], more.plan["frames"], more.plan["total_frames"]) == (2, 5, 14) and more.plan["fps"] == 12
     assert two.document["effective"]["video"]["prompt"] == ["a cat", "a dog"] and two.plan["seed"] == 1
+
+
+def test_a_clip_starts_from_values_that_truncation_did_not_lower(
+    wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[np.ndarray | None] = []
+    given: list[torch.Tensor] = []
+    begin_clip, latent = Joined.begin_clip, VideoPipeline.latent
+    monkeypatch.setattr(Joined, "begin_clip", lambda self: starts.append(begin_clip(self)) or starts[-1])
+
+    def recorded(self: VideoPipeline, plan: Any, images: torch.Tensor, *others: Any) -> torch.Tensor:
+        given.append(images[0].clone())
+        return latent(self, plan, images, *others)
+
+    monkeypatch.setattr(VideoPipeline, "latent", recorded)
+    assert wanfast(*TWO).exit_code == 0
+    assert starts[0] is None and starts[1] is not None and torch.equal(given[1], pixels.of_decoded(starts[1]))
+    assert float((given[1] - of_frame(starts[1])).mean()) == pytest.approx(1 / 255, rel=0.1)
 
 
 def test_a_run_of_several_clips_loads_the_models_once_and_is_repeated(

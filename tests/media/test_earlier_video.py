@@ -10,11 +10,15 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
+import wanfast
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.media import earlier_video
 from wanfast.runtime.media.earlier_video import earlier_frames, load_earlier
 from wanfast.runtime.media.video_file import Mp4Writer
+
+CAT = Path(wanfast.__file__).parent / "assets/examples/cat.jpg"
 
 
 def write(file: Path, width: int, height: int, *, num_frames: int = 3, fps: int = 16) -> Path:
@@ -55,6 +59,21 @@ def test_the_matrix_of_colours_is_the_files_own(tmp_path: Path, matrix: int, hei
         container.mux(stream.encode())
     (read,) = earlier_frames(str(file))
     assert np.abs(read.astype(int) - rgb).max() <= 3
+
+
+def test_colours_do_not_drift_over_generations_of_continued_videos(tmp_path: Path) -> None:
+    """Each generation is read from a file and written again. docs/kinds.md states the printed figures."""
+    file, photograph = tmp_path / "a.mp4", np.asarray(Image.open(CAT).convert("RGB").resize((480, 320)))
+    first = frames = np.stack([photograph[16:-16, 2 * n + 16 : 2 * n + 464] for n in range(8)])  # a camera that pans
+    drift = []
+    for _ in range(8):
+        with Mp4Writer(file, 16) as writer:
+            writer.add(frames)
+        frames = np.stack([*earlier_frames(str(file))])
+        drift.append((frames.astype(float) - first).mean(axis=(0, 1, 2)))
+    print("mean of red, green, blue minus the original's, of 255:")
+    print(*(f"after {n + 1}: {', '.join(f'{value:+.2f}' for value in drift[n])}" for n in (0, 7)), sep="\n")
+    assert np.abs(drift[0]).max() < 0.3 and np.abs(drift[7]).max() < 1
 
 
 def test_what_no_clip_can_continue_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.media.profiles import DISPLAY_P3, rgb_profile
 from tests.small_files import assert_one_line, rgb, saved
-from wanfast.runtime.engine.pixels import fit_image, to_uint8
+from wanfast.runtime.engine.pixels import fit_image, of_decoded, to_uint8
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.media import images
 from wanfast.runtime.media.images import LoadedImage, load_image
@@ -311,6 +311,17 @@ def test_frames_are_clamped_then_truncated() -> None:
     assert frames[1, 0, :, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]
     assert not frames[..., 1:].any()
     assert video[0, 0, 0, 0] == -7  # the argument is unchanged
+
+
+def test_a_decoded_frame_stands_for_the_middle_of_the_values_that_were_truncated() -> None:
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    assert np.array_equal(to_uint8(of_decoded(every)[:, None])[0], every)
+    video = torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (frame,) = to_uint8(video)
+    level = 2 / 255
+    assert float((of_decoded(frame) - video[:, 0]).mean()) == pytest.approx(0, abs=0.01 * level)
+    assert float((of_decoded(frame) - video[:, 0]).abs().max()) <= 0.501 * level
+    assert of_decoded(np.full((1, 1, 3), 255, np.uint8)).tolist() == [[[1.0]]] * 3
 
 
 # --- the parent process

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
 
 from tests.conftest import Machine, Outcome
+from tests.media.test_earlier_video import write
 from wanfast.runtime.machine import host
 
 Wanfast = Callable[..., Outcome]
@@ -53,6 +56,28 @@ def test_a_video_that_takes_a_cpu_long_is_noted(
     assert outcome.exit_code == 0, outcome.err
     assert outcome.err.count(" of denoising, at ") == (note is not None) and (note or "") in outcome.err
     assert any(" of denoising, at " in each for each in outcome.document["plan"]["notes"]) == (note is not None)
+
+
+@pytest.mark.parametrize(("fps", "speed"), [(30, "1.9"), (16, None), (12, "0.75")])
+def test_an_earlier_video_of_another_rate_is_noted(wanfast: Wanfast, fps: int, speed: str | None) -> None:
+    write(Path("old.mp4"), 64, 48, num_frames=30, fps=fps)
+    outcome = wanfast("generate", "--continue-from", "old.mp4", "--prompt", "a cat", "--dry-run", "--json", *TINY)
+    assert outcome.exit_code == 0, outcome.err
+    found = [note for note in outcome.document["plan"]["notes"] if "times as fast" in note]
+    expected = (
+        f"--continue-from: the earlier video has {fps} frames per second, but the model's motion is for 16, so that a "
+        f"new clip plays {speed} times as fast: to avoid this, convert the file first, for example with "
+        "`ffmpeg -i OLD.mp4 -r 16 NEW.mp4`"
+    )
+    assert found == ([expected] if speed else [])
+    convert = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", "old.mp4", "-r", "16", "new.mp4"]
+    subprocess.run(convert, check=True)
+    again = wanfast("generate", "--continue-from", "new.mp4", "--prompt", "a cat", "--dry-run", *TINY)
+    assert again.exit_code == 0 and "times as fast" not in again.err
+
+
+def test_a_rate_that_is_asked_for_is_not_noted(wanfast: Wanfast) -> None:
+    assert "times as fast" not in wanfast(*DRY, *TINY, "--prompt", "a dog", "--fps", "30").err
 
 
 def test_the_note_of_a_list_names_its_lines(wanfast: Wanfast) -> None:

@@ -18,7 +18,8 @@ from wanfast.quality import kinds, tiny
 from wanfast.quality.kinds import CLIPS, Frames, KindTask, chain_figures, goes_on
 from wanfast.quality.photographs import Photographs
 from wanfast.quality.world import Renderer, Scene, camera_scene, draw_scene
-from wanfast.runtime.engine.pixels import of_frame, to_uint8
+from wanfast.runtime.engine.pixels import of_decoded, to_uint8
+from wanfast.runtime.store import model_files
 
 SIDE, STEPS = 64, 16  # STEPS: from one frame that two clips share to the next
 
@@ -99,7 +100,8 @@ def test_the_motion_of_a_camera_goes_on_or_not(pack: Path, name: str) -> None:
 
 
 def chain_row(frames: Frames, scene: Scene) -> dict[str, Any]:
-    return {"kind": "chain", "mover": "shape", "asked": scene.motion, **chain_figures(frames, "shape", scene)}
+    about = {"kind": "chain", "mover": "shape", "asked": scene.motion, "round_trips": [0.25, 0.5, 0.75]}
+    return {**about, **chain_figures(frames, "shape", scene)}
 
 
 def test_a_jump_at_a_seam_and_a_drift_of_colours_are_figures() -> None:
@@ -116,6 +118,14 @@ def test_a_jump_at_a_seam_and_a_drift_of_colours_are_figures() -> None:
     assert (chains["motion_goes_on"]["right"], chains["motion_goes_on"]["of"]) == (6, 6)
     ((_, goes_on),) = chains["motion_goes_on_by_motion"].items()  # still shapes do not count
     assert goes_on == [6, 6]
+    assert {name: of["smooth_videos"] for name, of in chains["seams_by_motion"].items()} == {
+        "circle": [1, 2],
+        "still": [1, 1],
+    }
+    circle, still_ones = (chains["seams_by_motion"][name] for name in ("circle", "still"))
+    assert circle["seams"] > chains["difference"]["seams"] > still_ones["seams"] and circle["inside"] > 0
+    assert chains["difference"]["round_trip"] == circle["round_trip"] == 0.5
+    assert found["weights"] == model_files.locate("tiny", "artifacts").fingerprints
     assert chains["difference"]["seams"] > chains["difference"]["inside"] and found["between"] == {}
     for clip, drift in enumerate(chains["drift"], 1):
         assert drift["mean"] == pytest.approx([10 * clip / 3, 0, 0], abs=0.2)  # one of three
@@ -142,7 +152,13 @@ def test_a_clip_starts_from_the_last_frame_of_the_one_before(
     assert [(seed, prompt) for seed, prompt, _, _ in made] == [(1 + clip, scene.caption) for clip in range(CLIPS)]
     assert torch.equal(made[0][2], truth[:, 0])
     for (*_, before), (_, _, image, _) in pairwise(made):
-        assert torch.equal(image, of_frame(to_uint8(before[:, -1:])[0]))
+        assert torch.equal(image, of_decoded(to_uint8(before[:, -1:])[0]))
+    vae, start = judge.pipeline.vae, made[1][2][:, None]
+    again = to_uint8(vae.decode(vae.encode(start[None]))[0])
+    difference = np.abs(again.astype(int) - to_uint8(start)).mean()
+    assert (
+        len(row["round_trips"]) == CLIPS - 1 and row["round_trips"][0] == pytest.approx(difference) and difference > 0
+    )
     joined = np.concatenate([to_uint8(made[0][3]), *(to_uint8(video)[1:] for *_, video in made[1:])])
     assert row["seams"] == chain_figures(joined, "camera", scene)["seams"] and row["asked"] == scene.camera
 

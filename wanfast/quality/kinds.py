@@ -11,6 +11,7 @@ where two clips meet. The figures say:
 
 * how many videos have smooth seams: the mean change from frame to frame at the seams is at most the 95th percentile of
   the changes inside the clips;
+* the same by motion, because still videos can jump while the mean over all motions is smooth;
 * at how many seams the motion goes on;
 * how far the mean and the standard deviation of the colours drift from those of the first clip.
 
@@ -57,6 +58,7 @@ from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.pixels import Frames
 from wanfast.runtime.jobs.generate import Joined
 from wanfast.runtime.machine.packages import commit, versions
+from wanfast.runtime.store import model_files
 
 Vector = npt.NDArray[np.float64]
 CLIPS = 4
@@ -96,12 +98,23 @@ def _between(judge: Judge, task: KindTask, scene: Scene, truth: Tensor) -> dict[
 def _chain(judge: Judge, task: KindTask, scene: Scene, truth: Tensor) -> dict[str, Any]:
     """Makes clips that start from the frame before, with seeds that follow, and joins them."""
     frames: list[pixels.Frame] = []
+    round_trips = []
     joined = Joined(frames.extend)
     for clip in range(CLIPS):
         start = joined.begin_clip()
-        image = truth[:, 0] if start is None else pixels.of_frame(start)
+        image = truth[:, 0] if start is None else pixels.of_decoded(start)
+        if start is not None:
+            round_trips.append(_round_trip(judge, image))
         joined.add(pixels.to_uint8(_video(judge, task.index + clip, scene, image)))
-    return chain_figures(np.stack(frames), task.mover, scene)
+    return {**chain_figures(np.stack(frames), task.mover, scene), "round_trips": round_trips}
+
+
+def _round_trip(judge: Judge, image: Tensor) -> float:
+    """Returns by how much, in units of 1/255, the VAE changes an image [3, H, W] that it encodes and decodes."""
+    vae, given = judge.pipeline.vae, image[:, None]
+    decoded = vae.decode(vae.encode(given[None].to(judge.settings.device)))[0]
+    before, after = (pixels.to_uint8(video).astype(np.int16) for video in (given, decoded))
+    return float(np.abs(after - before).mean())
 
 
 def _video(judge: Judge, seed: int, scene: Scene, image: Tensor, last: Tensor | None = None) -> Tensor:
@@ -203,6 +216,7 @@ def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float)
         "clips": CLIPS,
         "chains": {mover: _figures_of_chains(rows) for mover in movers if (rows := of("chain", mover))},
         "seconds": round(seconds, 1),
+        "weights": model_files.locate(settings.model, "artifacts").fingerprints,
         "hardware": hardware.describe(settings.device),
         "commit": commit(),
         "versions": versions(),
@@ -218,16 +232,12 @@ def _figures_between(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _figures_of_chains(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    inside, seams = (np.concatenate([row[name] for row in rows]) for name in ("inside", "seams"))
     moving = [verdict for row in rows for verdict in row["goes_on"] if verdict is not None]
     return {
         "videos": len(rows),
-        "difference": {
-            "seams": round(float(seams.mean()), 3),
-            "inside": round(float(inside.mean()), 3),
-            "inside_95%": round(float(np.percentile(inside, 95)), 3),
-        },
-        "smooth_videos": share_of([bool(np.mean(row["seams"]) <= np.percentile(row["inside"], 95)) for row in rows]),
+        "difference": _difference(rows),
+        "smooth_videos": share_of([_is_smooth(row) for row in rows]),
+        "seams_by_motion": _seams_by_motion(rows),
         "motion_goes_on": share_of(moving) if moving else None,
         "motion_goes_on_by_motion": _by_motion(rows),
         "prompt_following": [
@@ -235,6 +245,38 @@ def _figures_of_chains(rows: list[dict[str, Any]]) -> dict[str, Any]:
         ],
         "drift": _drift(rows),
         "drift_of_still_videos": _drift([row for row in rows if row["asked"] == "still"]),
+    }
+
+
+def _difference(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns the mean differences of neighbouring frames at the seams and inside the clips, in units of 1/255.
+
+    "round_trip" is the mean difference of the shared frames to themselves, after the VAE has encoded and decoded them.
+    """
+    names = ("inside", "seams", "round_trips")
+    inside, seams, round_trips = (np.concatenate([row[name] for row in rows]) for name in names)
+    return {
+        "seams": round(float(seams.mean()), 3),
+        "inside": round(float(inside.mean()), 3),
+        "inside_95%": round(float(np.percentile(inside, 95)), 3),
+        "round_trip": round(float(round_trips.mean()), 3),
+    }
+
+
+def _is_smooth(row: dict[str, Any]) -> bool:
+    """Returns whether a video changes at its seams as inside its clips, in which few changes are larger."""
+    return bool(np.mean(row["seams"]) <= np.percentile(row["inside"], 95))
+
+
+def _seams_by_motion(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns {motion: {"smooth_videos": [videos with smooth seams, videos], and its differences}}.
+
+    Videos of one motion can be rough at their seams while the mean over all motions is smooth.
+    """
+    by_motion = {name: [row for row in rows if row["asked"] == name] for name in sorted({row["asked"] for row in rows})}
+    return {
+        name: {"smooth_videos": [sum(map(_is_smooth, own)), len(own)], **_difference(own)}
+        for name, own in by_motion.items()
     }
 
 

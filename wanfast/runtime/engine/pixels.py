@@ -59,6 +59,15 @@ def of_frame(frame_HWC: Frame) -> Tensor:
     return torch.from_numpy(frame_HWC).permute(2, 0, 1).contiguous().float().div_(255).sub_(0.5).div_(0.5)
 
 
+def of_decoded(frame_HWC: Frame) -> Tensor:
+    """Returns a frame [H, W, 3] that `to_uint8` made as [3, H, W] float32 on the CPU, in [-1, 1].
+
+    A byte stands for all values that truncation maps to it, and this function returns the middle one. `of_frame`
+    returns the least one, which would make each clip that starts from the frame before it darker by half a level.
+    """
+    return of_frame(frame_HWC).add_(1 / 255).clamp_(max=1)
+
+
 def to_uint8(video: Tensor) -> Frames:
     """Clamps video [3, F, H, W] to [-1, 1], and maps it to uint8 frames [F, H, W, 3] by truncation, not rounding."""
     array: Frames = _as_bytes(video).cpu().numpy()

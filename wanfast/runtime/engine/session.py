@@ -204,7 +204,7 @@ class Session:
         the expert of the step.
         `residuals`: the cache that decides which forwards are skipped. By default, the job's plan decides.
         `on_frames`: the leader calls this function with a few frames at a time, while the next frames are decoded.
-        `start`: on the leader, the first frame of the clip. By default, the clip starts from the job's image.
+        `start`: on the leader, the decoded frame that the clip starts from. By default, it starts from the job's image.
         `sources`: the images that are already decoded. Pass the same dict for all clips of a video.
         Raises WanFastError, and torch.OutOfMemoryError if the device has too little memory.
         """
@@ -212,7 +212,7 @@ class Session:
         pipeline, ranks = self.load(), self.ranks
         plan, given = self.plan(job, sources)
         if start is not None:
-            given[0] = pixels.of_frame(start)
+            given[0] = pixels.of_decoded(start)
         config = plan.config
         compile_cache = self._warm_start(plan, pipeline.attention.exact) if config.models.compile else None
         compiled = compiled_anew() if config.models.compile else 0

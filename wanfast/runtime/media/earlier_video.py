@@ -147,11 +147,16 @@ def _check_rate(fps: float, times: list[float | None], subject: str) -> None:
 
 
 def _rgb(frame: Any, subject: str) -> npt.NDArray[np.uint8]:
-    """Returns the 8-bit RGB pixels [H, W, 3] of a frame, by the matrix that the file names. Raises ConfigError."""
-    from av.video.reformatter import Colorspace
+    """Returns the 8-bit RGB pixels [H, W, 3] of a frame, by the matrix that the file names. Raises ConfigError.
+
+    Values are rounded to the nearest. PyAV's default cuts them off, and each generation would be darker by 1 of 255.
+    """
+    from av.video.reformatter import Colorspace, Interpolation
 
     is_709 = frame.colorspace == _UNNAMED and frame.height >= _HD_HEIGHT
+    # FULL_CHR_H_INT selects the code that can round; ACCURATE_RND without it makes frames even darker.
+    exact = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
     with foreign(subject, _WHOLE):
-        rgb = frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU709 if is_709 else None)
+        rgb = frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU709 if is_709 else None, interpolation=exact)
         pixels: npt.NDArray[np.uint8] = rgb.to_ndarray()
     return pixels

@@ -39,7 +39,7 @@ def notes_of(plan: Plan, files: ModelFiles, image: ImageFacts, last: ImageFacts)
     return (
         *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, last), *_prompt_notes(plan, files),
         *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
-        *_sparsity_notes(plan), *_fp8_notes(plan), *_clip_notes(config.video),
+        *_sparsity_notes(plan), *_fp8_notes(plan), *_clip_notes(config.video, spec),
         *_extension_notes(config.video, config.ranks), *_output_notes(plan), *_cpu_notes(plan),
         *_thread_notes(config.ranks, spec), *([spec.weights_note] if spec.weights_note else []),
     )  # fmt: skip
@@ -152,14 +152,21 @@ def _fp8_notes(plan: Plan) -> list[str]:
     ]
 
 
-def _clip_notes(video: VideoConfig) -> list[str]:
-    """Returns a note on the limits of clips that start from the last frame of the one before."""
+def _clip_notes(video: VideoConfig, spec: ModelSpec) -> list[str]:
+    """Returns notes on the limits of clips that start from the last frame of the one before, and on their rate."""
     if not video.continue_from and len(video.prompts) == 1:
         return []
-    return [
+    notes = [
         "a clip gets only the last frame of what comes before it: motion may change suddenly where clips join, and "
         "colours may drift from clip to clip"
     ]
+    if video.continue_from and video.fps != spec.fps:
+        notes.append(
+            f"--continue-from: the earlier video has {video.fps} frames per second, but the model's motion is for "
+            f"{spec.fps}, so that a new clip plays {video.fps / spec.fps:.2g} times as fast: to avoid this, convert "
+            f"the file first, for example with `ffmpeg -i OLD.mp4 -r {spec.fps} NEW.mp4`"
+        )
+    return notes
 
 
 def _extension_notes(video: VideoConfig, ranks: RanksConfig) -> list[str]:
