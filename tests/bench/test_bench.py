@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from wanfast.runtime.planning.past_runs import fp8_share
 from wanfast.runtime.planning.plan_json import plan_json
 from wanfast.runtime.planning.shortened import least_steps
 from wanfast.runtime.processes.handle import Handle, Video
-from wanfast.runtime.store import model_files
+from wanfast.runtime.store import lora_pairs, model_files
 
 Wanfast = Callable[..., Outcome]
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
@@ -204,8 +205,33 @@ def test_a_bench_takes_attention_in_float8(wanfast: Wanfast, clips: Path) -> Non
 
 def test_a_distilled_recipe_without_weights_is_a_row_with_the_reason(clips: Path, tmp_path: Path) -> None:
     given = SMALL | {"model": str(lora_files.tiny_without_loras(tmp_path))}
+    bench = bench_of(clips, "exact", "lightning-4", given=given)
+    _, row = planned(bench)
+    fix = f"put LoRAs into {bench.files.root}/loras/lightning-4/EXPERT.safetensors, or use another recipe"
+    assert row.opened is None and str(row.error) == f"--recipes lightning-4 needs distilled weights: {fix}"
+
+
+def test_a_downloaded_pair_of_loras_is_taken(clips: Path, tmp_path: Path) -> None:
+    """For the experts that the recipe distils; LoRAs of the model's own folder come first."""
+    files: Any = SimpleNamespace(root=tmp_path / "model", spec=A14B, artifacts=tmp_path / "artifacts")
+    bench = dataclasses.replace(bench_of(clips, "hybrid", given=SMALL), files=files, given={})
+    name = lora_pairs.PAIRS["lightning-seko-v1"].files["low_noise"]
+    of_low_noise = lora_pairs.folder_of("lightning-seko-v1", files.artifacts) / name
+    assert bench.options_of("hybrid") == {"recipe": "hybrid"}
+    of_low_noise.parent.mkdir(parents=True)
+    of_low_noise.touch()
+    assert bench.options_of("hybrid") == {"recipe": "hybrid", "lora_low_noise": (str(of_low_noise),)}
+    assert bench.options_of("lightning-4") == {"recipe": "lightning-4"}  # its other file is missing
+    assert bench.options_of("exact") == {"recipe": "exact"}
+    (files.root / "loras/hybrid").mkdir(parents=True)
+    assert bench.options_of("hybrid") == {"recipe": "hybrid"}
+
+
+def test_what_to_download_is_named(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells_module, "pair_for", lambda recipe, spec: "lightning-seko-v1")
+    given = SMALL | {"model": str(lora_files.tiny_without_loras(tmp_path))}
     _, row = planned(bench_of(clips, "exact", "lightning-4", given=given))
-    assert row.opened is None and str(row.error).startswith("--recipe lightning-4 needs distilled weights")
+    assert "needs distilled weights: run `wanfast download --lora lightning-seko-v1`, or" in str(row.error)
 
 
 class _Page(HTMLParser):

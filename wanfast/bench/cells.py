@@ -35,6 +35,7 @@ from wanfast.runtime.processes.handle import OF_ALL_VIDEOS, OF_HANDLE, Opened
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of, write_synced
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.lora_pairs import downloaded_loras, is_distilled, pair_for
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import quantized_expert
 
@@ -67,13 +68,19 @@ class Bench:
     no_quality: str = ""  # why the videos are not compared
 
     def options_of(self, name: RecipeName) -> Options:
-        """Returns the options of a recipe's videos: the recipe's name, and all options of `given` that it can use."""
+        """Returns the options of a recipe's videos: its name, its downloaded LoRAs, and what it can use of `given`.
+
+        LoRAs in the model's own folder come before downloaded ones.
+        """
         unusable = {*OF_GRID} if has_levels(name) and "sigmas" not in self.given else set()
         enabled = with_recipe({"recipe": name, **{key: self.given[key] for key in self.given.keys() - unusable}})
         unusable |= {option for option, by in _ENABLED_BY.items() if not enabled.get(by)}
         if enabled.get("guidance_high_noise") == enabled.get("guidance_low_noise") == 1:
             unusable.add("guidance_gate")
-        return {"recipe": name, **{option: value for option, value in self.given.items() if option not in unusable}}
+        given = {option: value for option, value in self.given.items() if option not in unusable}
+        has_own = (self.files.root / "loras" / name).is_dir()
+        loras = {} if has_own else downloaded_loras(name, self.files.spec, self.files.artifacts)
+        return {"recipe": name, **loras, **given}
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,11 @@ def _config(bench: Bench, name: RecipeName) -> EffectiveConfig:
             "another recipe"
         )
     config = effective({**NO_VIDEO, **bench.options_of(name)}, bench.files)
+    if not is_distilled(config.models):
+        pair = pair_for(name, bench.files.spec)
+        folder = bench.files.root / "loras" / name
+        fix = f"run `wanfast download --lora {pair}`" if pair else f"put LoRAs into {folder}/EXPERT.safetensors"
+        raise ConfigError(f"--recipes {name} needs distilled weights: {fix}, or use another recipe")
     if bench.steps_measured is not None:
         _check_steps(config.video, bench.files.spec, bench.steps_measured)
     require_attention(config.models.attention, config.ranks.device)

@@ -1,7 +1,7 @@
 """Names the published pairs of LoRAs that distil the experts to four steps.
 
 `wanfast download --lora NAME` fetches a pair into <artifacts>/loras/NAME. The user then gives the pair's files by
---lora-high-noise and --lora-low-noise.
+--lora-high-noise and --lora-low-noise. `wanfast bench` takes a downloaded pair by itself.
 
 Some recipes need distilled weights. If the user gives none for an expert, the expert's LoRA is taken from the folder of
 the model: <model>/loras/RECIPE/EXPERT.safetensors. If this file is missing too, the recipe is refused.
@@ -19,7 +19,7 @@ from wanfast.runtime.config import ModelsConfig
 from wanfast.runtime.config.option import flag
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import EXPERTS, Expert
+from wanfast.runtime.facts.choices import EXPERTS, Expert, RecipeName
 from wanfast.runtime.facts.model_spec import ModelSpec
 
 
@@ -78,8 +78,7 @@ def require_distilled(models: ModelsConfig, spec: ModelSpec, root: Path) -> None
     if models.recipe is None or not missing:
         return
     which = "both experts" if len(missing) == len(EXPERTS) else f"the {missing[0].replace('_', '-')} expert"
-    is_for_pairs = spec.needs_gpu and spec.takes_images  # the known pairs are of the A14B from images
-    name, artifacts = _PAIR_OF.get(models.recipe) if is_for_pairs else None, Path(models.artifacts_dir)
+    name, artifacts = pair_for(models.recipe, spec), Path(models.artifacts_dir)
     if name is None:
         loras = " ".join(f"{flag(f'lora_{expert}')} FILE" for expert in missing)
         whole = " ".join(f"{flag(f'{expert}_expert')} FILE" for expert in missing)
@@ -89,6 +88,23 @@ def require_distilled(models: ModelsConfig, spec: ModelSpec, root: Path) -> None
         if not all((folder_of(name, artifacts) / PAIRS[name].files[expert]).is_file() for expert in missing):
             fix = f"run `wanfast download --lora {name}`, then {fix}"
     raise ConfigError(f"--recipe {models.recipe} needs distilled weights of {which}: {fix}")
+
+
+def pair_for(recipe: RecipeName, spec: ModelSpec) -> str | None:
+    """Returns the name of the published pair for a recipe; None if no pair is known for the recipe or the model."""
+    return _PAIR_OF.get(recipe) if spec.needs_gpu and spec.takes_images else None  # the pairs are of the A14B
+
+
+def downloaded_loras(recipe: RecipeName, spec: ModelSpec, artifacts: Path) -> dict[str, tuple[str, ...]]:
+    """Returns {option: (path,)} of the published pair for a recipe, for the experts that the recipe distils.
+
+    An option is, for example, "lora_low_noise". The result is empty if no pair is known or if a file is missing.
+    """
+    if (name := pair_for(recipe, spec)) is None:
+        return {}
+    files = {e: folder_of(name, artifacts) / PAIRS[name].files[e] for e in RECIPES[recipe].distilled}
+    found = all(file.is_file() for file in files.values())
+    return {f"lora_{expert}": (str(file),) for expert, file in files.items()} if found else {}
 
 
 def is_distilled(models: ModelsConfig) -> bool:
