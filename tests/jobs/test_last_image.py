@@ -81,6 +81,16 @@ def test_both_images_are_fitted_alike(wanfast: Wanfast, monkeypatch: pytest.Monk
     ).err  # fmt: skip
 
 
+def test_a_last_image_of_the_first_one_s_shape_has_no_note(wanfast: Wanfast) -> None:
+    """Also if the video's size, in multiples of 16, has another shape than both."""
+    for name, size in (("first", (512, 384)), ("last", (256, 192)), ("other", (512, 300))):
+        Image.new("RGB", size, "red").save(f"{name}.png")
+    given = ("generate", "--model", "tiny", "--image", "first.png", "--prompt", "p", "--output", "o.mp4", "--dry-run")
+    notes = {name: wanfast(*given, "--last-image", f"{name}.png").err for name in ("last", "other")}
+    assert "144x96" in notes["last"] and "--last-image: the" not in notes["last"]
+    assert "--last-image: the 512x300 image is stretched to 144x96" in notes["other"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -92,7 +102,7 @@ def test_both_images_are_fitted_alike(wanfast: Wanfast, monkeypatch: pytest.Monk
         (["--magcache", "E012K2R20"], "error: --magcache E012K2R20: no curve ships for videos with --last-image: run"),
         (["--recipe", "fast"], "error: --recipe fast: no curve ships for videos with --last-image: run `wanfast "
          "calibrate-magcache --model tiny --recipe fast --size 64x64 --frames 5 --steps 4 --set FOLDER`, where each "
-         "line of FOLDER names a last_image, then use --magcache artifact; or use --magcache off"),
+         "line of FOLDER/clips.jsonl names a last_image, then use --magcache artifact; or use --magcache off"),
         (["--recipe", "fast", "--quantize", "int8-dynamic"], " --recipe fast --quantize int8-dynamic --size 64x64 "),
         (["--magcache", "artifact"], "calibrate-magcache --model tiny --size 64x64 --frames 5 --steps 4 --set FOLDER"),
     ],

@@ -628,6 +628,7 @@ def test_where_a_curve_and_the_preset_differ(tmp_path: Path) -> None:
     found = against_preset(curve, config, files)
     assert found == {"differs": True, "steps": [5], "worst": {"step": 5, "difference": 0.02, "spread": 0.01}}
     assert against_preset(curve, config.replace(steps=30), files) is None
+    assert against_preset(curve, config.replace(last_image="last.png"), files) is None  # no curve ships for these
 
 
 def test_a_calibration_keeps_two_residuals_of_a_branch(

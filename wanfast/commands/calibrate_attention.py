@@ -102,7 +102,7 @@ def describe(result: dict[str, Any]) -> str:
 
     For each density that was tried, the text also states the mean error if all heads had this density.
     """
-    how = "was made in an earlier run" if result["was_there"] else f"measured on {result['clips']} clips"
+    how = "was made in an earlier run" if result["was_there"] else f"number of measured clips: {result['clips']}"
     heads = [density for layers in result["densities"] for of_layer in layers for density in of_layer]
     shares = {None: 1.0, "fp8": FP8_SHARE}
     mean = sum(shares.get(density, density) for density in heads) / len(heads)

@@ -75,7 +75,7 @@ def result_of(given: dict[str, Any], planned: PlannedSet) -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> str:
     """Returns a text: the curve's folder, the range of its ratios, and how much the preset differs from the curve."""
-    how = "was made in an earlier run" if result["was_there"] else f"measured on {result['clips']} clips"
+    how = "was made in an earlier run" if result["was_there"] else f"number of measured clips: {result['clips']}"
     ratios = [ratio for row in result["ratios"][1:] for ratio in row]
     lines = [f"{result['output']}: {how}; ratios {min(ratios):.4f} to {max(ratios):.4f}"]
     if (preset := result["preset"]) is not None:

@@ -71,12 +71,16 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
     * "differs": whether there is such a step.
     * "worst": {"step", "difference", "spread"} of the step with the largest quotient difference / spread.
 
-    Returns None if the model has no preset, if the preset belongs to other timesteps than those of `config`, or if no
-    step can be compared.
+    Returns None if the model has no preset, if the preset belongs to other timesteps than those of `config` or to
+    videos without a last image, or if no step can be compared.
     """
     known, boundary = preset(files), files.spec.boundary
     here = steps_of_video(config.video, boundary)
-    if known is None or steps_of(known["solver"], known["steps"], known["shift"], boundary) != here:
+    if (
+        known is None
+        or config.video.last_image is not None
+        or steps_of(known["solver"], known["steps"], known["shift"], boundary) != here
+    ):
         return None
     high = sum(expert == "high_noise" for expert, _ in here)
     found = [

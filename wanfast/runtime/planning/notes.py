@@ -27,7 +27,7 @@ from wanfast.runtime.store.model_files import ModelFiles
 # The tiny model's forwards, on one core with AVX-512, computed 65e9 to 80e9 FLOP/s; slow cores compute less.
 _FLOP_S_OF_A_CORE = 100e9
 _UNITS = {"days": 86400, "hours": 3600, "minutes": 60}  # the seconds in each
-_MOST_STRETCH = 0.05  # of a last image, without a note: a size in multiples of 16 pixels stretches a little
+_MOST_STRETCH = 0.05  # of a last image relative to the first, without a note
 
 
 def notes_of(plan: Plan, files: ModelFiles, image: ImageFacts, last: ImageFacts) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def notes_of(plan: Plan, files: ModelFiles, image: ImageFacts, last: ImageFacts)
     """
     config, spec = plan.config, plan.spec
     return (
-        *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, last), *_prompt_notes(plan, files),
+        *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, image, last), *_prompt_notes(plan, files),
         *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
         *_sparsity_notes(plan), *_fp8_notes(plan), *_clip_notes(config.video, spec),
         *_extension_notes(config.video, config.ranks), *_output_notes(plan), *_cpu_notes(plan),
@@ -65,16 +65,16 @@ def _geometry_notes(plan: Plan, image: ImageFacts) -> list[str]:
     return notes
 
 
-def _last_image_notes(plan: Plan, last: ImageFacts) -> list[str]:
-    """Returns the notes on the last image, such as that it is stretched to the shape of the video."""
+def _last_image_notes(plan: Plan, image: ImageFacts, last: ImageFacts) -> list[str]:
+    """Returns the notes on the last image, such as that it is stretched to the shape of the first."""
     notes = [f"--last-image: {note}" for note in last.notes]
     video, g = plan.config.video, plan.geometry
     if video.last_image is None:
         return notes
     if video.fit != "area":
         return notes + [f"--last-image: {note}" for note in _fit_notes(video.fit, g, last.size, (g.width, g.height))]
-    width, height = inner_size(last.size, g.width, g.height)
-    if (g.width - width) * g.height + (g.height - height) * g.width > _MOST_STRETCH * g.width * g.height:
+    width, height = inner_size(last.size, *image.size)
+    if image.size[0] * image.size[1] - width * height > _MOST_STRETCH * image.size[0] * image.size[1]:
         notes.append(
             f"--last-image: the {last.size[0]}x{last.size[1]} image is stretched to {g.width}x{g.height}, because its "
             "shape is not the first image's: add --fit crop or --fit pad"

@@ -128,7 +128,8 @@ def _refuse_last_image(config: EffectiveConfig, magcache: str, files: ModelFiles
     fix = "use --magcache off"
     if config.video.levels is None:
         command = calibrate_command(config, files.spec)
-        fix = f"run `{command}`, where each line of FOLDER names a last_image, then use --magcache artifact; or {fix}"
+        lines = "where each line of FOLDER/clips.jsonl names a last_image"
+        fix = f"run `{command}`, {lines}, then use --magcache artifact; or {fix}"
     raise ConfigError(f"{option}: no curve ships for videos with --last-image: {fix}")
 
 
