@@ -391,6 +391,9 @@ def test_a_stop_queues_the_running_job_again_and_waits_for_written_ones(
         server.maker.holds.set()
         running_ = server.create()
         until(lambda: len(server.maker.made) == 2)
+        assert (
+            server.show(running_)["seconds_by_stage"] is server.show(running_)["plan"] is None
+        )  # as docs/serve.md says
         for _ in range(2):
             server.worker.stop()
         assert capsys.readouterr().err == (
