@@ -367,6 +367,7 @@ def test_a_server_that_loads_or_stops_takes_no_job(tmp_path: Path, capsys: pytes
                 kept = server.create()
                 server.ended(kept)
             elif state == "stopping":
+                until(lambda: not any(server.store.counts().values()))
                 server.worker.stop()
                 assert "note: the server is stopping: no video is being made; " in capsys.readouterr().err
             answer = server.ask("POST", "/v1/videos", prompt="a", input_reference=data_url(STAR.read_bytes()))
