@@ -320,6 +320,8 @@ def test_every_way_to_the_weights_names_the_model_that_needs_none(wanfast: Wanfa
     for call in (api.open, functools.partial(api.make, image="cat.png", prompt="a cat")):
         with pytest.raises(MissingArtifactError, match=fix):
             call()
+    text = wanfast("serve", "--model", "t2v-a14b")
+    assert text.exit_code == 3 and "tiny runs on any CPU, but it needs an --image" in text.err and fix not in text.err
 
 
 def test_errors_are_json_too_where_json_is_asked_for(wanfast: Wanfast) -> None:

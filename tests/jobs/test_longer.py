@@ -137,12 +137,17 @@ def test_several_prompts_leave_out_the_last_image_of_the_run_of_from(
     repeat = ("generate", "--from", "last.json", "--prompt", "a cat", "--prompt", "a dog", "--json")
     again = wanfast(*repeat, "--output", "again.mp4").document
     assert again["output_sha256"] == two["output_sha256"] and list(again["plan"]["images"]) == ["--image"]
+    words = f"--prompt is given 2 times, so the last image {workdir / 'cat.png'} is left out: a last image is for a"
+    assert any(note.startswith(words) for note in again["plan"]["notes"])
+    assert f"note: {words}" in wanfast(*repeat[:-1], "--dry-run").err
+    assert "left out" not in wanfast("generate", "--from", "last.json", "--prompt", "a cat", "--dry-run").err
     given = wanfast(*repeat, "--last-image", "cat.png", "--dry-run")
     assert given.exit_code == 2 and "give --prompt once, or drop --last-image" in given.err
 
     (workdir / "jobs.jsonl").write_text('{"prompt": ["a", "b"]}\n{"prompt": ["a"]}')
     lines = wanfast(*both, "--jobs", "jobs.jsonl", "--dry-run", "--json").document["results"]
     assert [list(line["plan"]["images"]) for line in lines] == [["--image"], ["--image", "--last-image"]]
+    assert [any("is left out" in note for note in line["plan"]["notes"]) for line in lines] == [True, False]
 
     continued = wanfast(*MORE, "--last-image", "cat.png", "--fit", "crop", "--dry-run", "--json").document
     Path("more.json").write_text(json.dumps({**continued, "weights": None}))

@@ -117,7 +117,9 @@ def test_other_commands_refuse_images_too(wanfast: Wanfast) -> None:
         outcome = wanfast(*warmup, *options)
         assert outcome.exit_code == 2 and f"{flag}: Wan2.2-T2V-A14B makes videos from text alone" in outcome.err
     without = wanfast("generate", "--model", "a14b", "--prompt", "a cat", "--device", "cpu", "--dry-run")
-    assert without.exit_code == 2 and "error: --image is missing" in without.err
+    assert without.exit_code == 2 and "error: --image is missing: Wan2.2-I2V-A14B makes no video from" in without.err
+    without = wanfast("generate", "--model", "tiny", "--prompt", "a cat")
+    assert without.exit_code == 2 and "error: --image is missing: tiny makes no video from text alone" in without.err
 
 
 def test_the_sizes_of_a_folder_say_its_kind(wanfast: Wanfast, small_text_model: Path, workdir: Path) -> None:

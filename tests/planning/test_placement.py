@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -384,15 +385,21 @@ def test_a_model_planned_for_the_cpu_is_said(
     machine(0, 0, host_gb)
     err = wanfast(*A14B_DRY).err
     assert "no GPU was found, so the plan is for the CPU: add --device cuda to plan for GPUs" in err
-    assert ("a run would be refused: no GPU was found: use a machine with a GPU" in err) == is_short
+    refused = "a run would be refused: no GPU was found, and on the CPU a process would hold "
+    short = r"\d+\.\d GB, but only 50\.0 GB of host memory are free for each process: use a machine with a GPU"
+    from_image = re.escape(refused) + short + ", or use --model tiny, which runs on any CPU"
+    assert (re.search(from_image, err) is not None) == is_short
+    text = wanfast("generate", "--model", "t2v-a14b", "--prompt", "a cat", "--dry-run").err
+    from_text = re.escape(refused) + short + r" \(--model tiny runs on any CPU, but it needs an --image"
+    assert (re.search(from_text, text) is not None) == is_short and "or use --model tiny" not in text
 
 
 @pytest.mark.parametrize(
     ("ranks", "held"),
     [
-        ([], "67.4 GB (resident)"),
+        ([], "67.4 GB,"),
         (["--num-gpus", "2", "--cfg-parallel", "2"], "34.1 GB (resident)"),
-        (["--num-gpus", "2", "--cfg-parallel", "2", "--dit-fsdp", "on"], "34.1 GB (sharded)"),
+        (["--num-gpus", "2", "--cfg-parallel", "2", "--dit-fsdp", "on"], "34.1 GB,"),
     ],
     ids=["one rank", "two ranks", "sharded as asked"],
 )

@@ -296,6 +296,17 @@ def test_recipes_share_models_if_another_kernel_replaces_their_lossy_attention()
     assert "near-exact" not in fitting(recipe="exact", quantize="fp8-rowwise", attention="auto")
 
 
+def test_a_recipe_of_a_video_is_refused_if_the_models_fit_none(ranks: list[Ranks]) -> None:
+    with wanfast.open(**TINY_ON_CPU) as handle:
+        with pytest.raises(
+            ConfigError,
+            match=r"^--recipe fast: the loaded models are not those of this recipe: leave out --recipe, or use a "
+            r"handle or a server that is started with --recipe fast$",
+        ):
+            handle.make(**VIDEO, recipe="fast")
+        assert ranks[-1].jobs == []
+
+
 def test_a_video_has_a_recipe_of_its_own_only_if_its_models_are_loaded(ranks: list[Ranks]) -> None:
     of_models = {**RECIPES["near-exact"].options, "quantize_on_the_fly": True}
     with wanfast.open(**TINY_ON_CPU, **of_models) as handle:

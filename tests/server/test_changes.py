@@ -221,6 +221,17 @@ def test_a_recipe_is_chosen_among_those_of_the_loaded_models(tmp_path: Path) -> 
             assert (refused.status, refused.error["param"]) == (400, "recipe") and words in refused.error["message"]
 
 
+def test_a_server_without_recipes_says_what_a_recipe_needs(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        given = {"prompt": "a", "input_reference": data_url(STAR.read_bytes()), "recipe": "fast"}
+        refused = server.ask("POST", "/v1/videos", **given)
+        assert (refused.status, refused.error["param"]) == (400, "recipe")
+        assert refused.error["message"] == (
+            "recipe fast: the loaded models are not those of this recipe: leave out recipe, or use a handle or a "
+            "server that is started with recipe fast"
+        )
+
+
 def test_a_request_overrides_the_defaults_that_contradict_it(tmp_path: Path) -> None:
     lora = lora_files.write(tmp_path / "a.safetensors", {"blocks.0.ffn.0.diff_b": torch.full((640,), 0.1)})
     options = {**SMALL, "lora": [str(lora)]}

@@ -21,6 +21,7 @@ from PIL import Image
 import wanfast
 from tests.server.running import STAR, Running, colour, data_url, running, until
 from wanfast.server import app
+from wanfast.server.fields import IMAGES, Fields
 from wanfast.server.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -83,17 +84,32 @@ def test_the_example_of_the_page_runs(server: Running, workdir: Path, monkeypatc
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_example_with_curl_runs(server: Running, workdir: Path) -> None:
+def test_the_examples_with_curl_run(server: Running, workdir: Path) -> None:
     page = (Path(wanfast.__file__).parents[1] / "docs/serve.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) if "curl" in block)
+    at_once, queued = (block for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) if "curl" in block)
     (workdir / "wanfast").symlink_to(Path(wanfast.__file__).parent)
-    command = ("bash", "-ec", example.replace("http://127.0.0.1:8000", server.url))
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, ran.stderr
+
+    def ran(example: str) -> str:
+        command = ("bash", "-ec", example.replace("http://127.0.0.1:8000", server.url))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    ran(at_once)
     assert (workdir / "curl.mp4").read_bytes()[4:8] == b"ftyp"
     assert server.maker.made[-1]["picture"] == STAR.read_bytes() and server.maker.made[-1]["seed"] == 1
+    said = ran(queued.replace("seconds=1", "seconds=0.25"))  # the clips of this server have 5 frames
+    assert (workdir / "queued.mp4").read_bytes()[4:8] == b"ftyp" and '"deleted":true' in said
+    assert server.maker.made[-1]["picture"] == STAR.read_bytes() and "last_image" in server.maker.made[-1]
     for video in server.client().videos.list():
         server.client().videos.delete(video.id)
+
+
+def test_the_page_names_each_field() -> None:
+    page = (Path(wanfast.__file__).parents[1] / "docs/serve.md").read_text(encoding="utf-8")
+    _, _, table = page.partition("| field | meaning |")
+    rows = [line.split("|")[1] for line in table.partition("\n\n")[0].splitlines()[2:]]
+    assert set(re.findall(r"`(\w+)`", "".join(rows))) == {*Fields.model_fields, *IMAGES}
 
 
 def test_videos_are_listed_in_pages(server: Running) -> None:

@@ -334,6 +334,7 @@ def test_sigterm_ends_the_server_and_no_job(workdir: Path, stand_in: Process) ->
     videos = [stand_in.create(str(seed), seed) for seed in range(20)]
     assert stand_in.stop() == 0, stand_in.log.read_text()
     assert "Traceback" not in stand_in.log.read_text()
+    assert stand_in.log.read_text().count("note: the server is stopping: ") == 1
     counts = _states(workdir)
     assert counts["queued"] > 0 and counts["in_progress"] == 0 and sum(counts.values()) == 20
     stand_in.start()

@@ -358,7 +358,7 @@ def test_a_database_that_holds_all_threads_leaves_health_alone(tmp_path: Path, m
         assert {answer.result().status for answer in shown} == {404} and took_s < 1
 
 
-def test_a_server_that_loads_or_stops_takes_no_job(tmp_path: Path) -> None:
+def test_a_server_that_loads_or_stops_takes_no_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with running(tmp_path, waits=False) as server:
         for state, retry in (("loading", True), ("ready", False), ("stopping", True)):
             if state == "ready":
@@ -367,7 +367,9 @@ def test_a_server_that_loads_or_stops_takes_no_job(tmp_path: Path) -> None:
                 kept = server.create()
                 server.ended(kept)
             elif state == "stopping":
+                until(lambda: not any(server.store.counts().values()))
                 server.worker.stop()
+                assert "note: the server is stopping: no video is being made; " in capsys.readouterr().err
             answer = server.ask("POST", "/v1/videos", prompt="a", input_reference=data_url(STAR.read_bytes()))
             assert (answer.status == 503) == retry == ("Retry-After" in answer.headers)
             shown = server.ask("GET", "/ready")
@@ -377,7 +379,7 @@ def test_a_server_that_loads_or_stops_takes_no_job(tmp_path: Path) -> None:
 
 
 def test_a_stop_queues_the_running_job_again_and_waits_for_written_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     writes = threading.Event()
     with running(tmp_path) as server:
@@ -390,7 +392,15 @@ def test_a_stop_queues_the_running_job_again_and_waits_for_written_ones(
         server.maker.holds.set()
         running_ = server.create()
         until(lambda: len(server.maker.made) == 2)
-        server.worker.stop()
+        assert (
+            server.show(running_)["seconds_by_stage"] is server.show(running_)["plan"] is None
+        )  # as docs/serve.md says
+        for _ in range(2):
+            server.worker.stop()
+        assert capsys.readouterr().err == (
+            f"note: the server is stopping: {running_} stops at its next step and is queued again; finished videos are "
+            "written\n"
+        )
         until(lambda: server.show(running_)["status"] == "queued")
         server.thread.join(0.2)
         assert server.show(written)["stage"] == "writing" and server.thread.is_alive()

@@ -144,8 +144,17 @@ class Worker:
         self._wakes.set()
 
     def stop(self) -> None:
-        """Makes `run` return soon: the current video stops at its next step, and its job is queued again."""
+        """Makes `run` return soon: the current video stops at its next step, and its job is queued again.
+
+        The first call prints a note that says so.
+        """
+        making, is_first = self._making, not self._is_stopping
         self._is_stopping = True  # the watch thread reads this flag
+        if is_first:
+            current = "no video is being made"
+            if isinstance(making, _Run):
+                current = f"{making.job.id} stops at its next step and is queued again"
+            note(f"the server is stopping: {current}; finished videos are written")
 
     def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Makes videos until `stop` is called. Raises WanFastError if the ranks cannot load the models.

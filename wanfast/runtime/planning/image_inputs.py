@@ -37,7 +37,9 @@ def check_images(config: EffectiveConfig, spec: ModelSpec) -> None:
                 "clip can start from another clip's frame: give --prompt once, or use --model a14b"
             )
     elif not (video.image or video.continue_from):
-        raise ConfigError("--image is missing: give the image that the video starts from")
+        raise ConfigError(
+            f"--image is missing: {spec.name} makes no video from text alone: give the image that the video starts from"
+        )
     if num_images > len(video.images):
         raise ConfigError(
             f"--recipe {recipe} needs a last image, because the recipe's weights are distilled for videos with a last "

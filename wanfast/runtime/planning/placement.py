@@ -30,7 +30,7 @@ from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.planning.devices import why_cpu
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.plan_json import magcache_json
-from wanfast.runtime.store.model_files import TRY_TINY
+from wanfast.runtime.store.model_files import or_tiny
 
 _GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "use --compile-mode max-autotune-no-cudagraphs"
 _UNMEASURED_BYTES = memory.CARDS["80 GB"]  # an H100, as in `doctor`, if no GPU is visible
@@ -283,10 +283,10 @@ def _place_experts(
 
 def _refusal_on_cpu(plan: Plan, held: dict[str, int], free: int) -> str:
     """Returns the reason and the remedy if none of the modes in `held` fits into host memory."""
-    one_of = " or ".join(f"{gb(size)} ({mode})" for mode, size in held.items())
-    short = f"a process would hold {one_of}, but only {gb(free)} of host memory are free for each"
+    one_of = " or ".join(gb(size) + (f" ({mode})" if len(held) > 1 else "") for mode, size in held.items())
+    short = f"a process would hold {one_of}, but only {gb(free)} of host memory are free for each process"
     if is_cpu_for_want_of_a_gpu(plan):
-        return f"no GPU was found: use a machine with a GPU, or {TRY_TINY} ({short})"
+        return f"no GPU was found, and on the CPU {short}: use a machine with a GPU{or_tiny(plan.spec)}"
     return f"--device cpu: {short}: use a smaller --size"
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig
+from wanfast.runtime.config import OPTIONS, EffectiveConfig, Options, OutputConfig, RanksConfig
 from wanfast.runtime.config.option import absolute, flag, options_of
 from wanfast.runtime.config.precedence import repeated, without_overridden
 from wanfast.runtime.config.skipping import spelled_out
@@ -54,7 +54,7 @@ class Request:
     lora_sha256: tuple[str, ...] | None = None  # of the LoRAs of that run
     engines: str | None = None  # the name of cuDNN's engines in that run, if this one makes the same video
     asked: dict[str, Any] | None = None  # the options that were given, now or for the run of --from; None: all
-    notes: tuple[str, ...] = ()  # on the files of --from
+    notes: tuple[str, ...] = ()  # on the files of --from, and on a last image that is left out
     error: ConfigError | None = None  # the line could not be read
 
 
@@ -146,7 +146,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         expert_sha256=effective.models.expert_sha256,
         lora_sha256=effective.models.lora_sha256 if has_its_loras else None,
         engines=engines,
-        notes=_notes_on_video(file, document),
+        notes=(*_notes_on_video(file, document), *_notes_on_last_image(ran, options, typed)),
     )
 
 
@@ -164,6 +164,16 @@ def _notes_on_video(file: Path, document: dict[str, Any]) -> tuple[str, ...]:
     if document.get("output_sha256") in (None, found):
         return ()
     return (f"--from: {file} describes another video than {video}, which was replaced or changed later",)
+
+
+def _notes_on_last_image(before: Options, after: Options, nearer: Options) -> list[str]:
+    """Returns a note if several prompts in `nearer` override the last image, which `before` has and `after` lacks."""
+    if before.get("last_image") is None or {"last_image"} & (after.keys() | nearer.keys()):
+        return []
+    return [
+        f"--prompt is given {len(nearer['prompt'])} times, so the last image {before['last_image']} is left out: a "
+        "last image is for a single clip"
+    ]
 
 
 def _asked(requested: dict[str, Any]) -> dict[str, Any]:
@@ -185,12 +195,14 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
         except ConfigError as error:
             yield Request({}, number, error=error)
             continue
+        options = without_overridden(base.options, own)
         own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
         yield dataclasses.replace(
             base,
-            options={**without_overridden(base.options, own), "output": own_name, **own},
+            options={**options, "output": own_name, **own},
             asked=None,
             line=number,
+            notes=(*base.notes, *_notes_on_last_image(base.options, options, own)),
         )
 
 

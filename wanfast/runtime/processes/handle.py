@@ -175,11 +175,11 @@ class Opened:
         _refuse(options, options.keys() & OF_HANDLE - {"recipe"}, "the handle", "wanfast.open")
         recipe = options.get("recipe")
         if recipe is not None and not self.has_models_of(recipe):
-            fits = ", ".join(name for name in RECIPES if self.has_models_of(name)) or "none"
-            raise ConfigError(
-                f"--recipe {recipe}: the loaded models are not those of this recipe: use a recipe that fits the loaded "
-                f"models ({fits})"
-            )
+            fits = ", ".join(name for name in RECIPES if self.has_models_of(name))
+            fix = f"use a recipe that fits the loaded models ({fits})"
+            if not fits:
+                fix = f"leave out --recipe, or use a handle or a server that is started with --recipe {recipe}"
+            raise ConfigError(f"--recipe {recipe}: the loaded models are not those of this recipe: {fix}")
         _refuse(options, options.keys() & options_of(OutputConfig).keys(), "the output file", "Video.save")
         nearer = {name: value for name, value in options.items() if value is not None}
         plan, _ = resolve({**without_overridden(self.options, nearer), **options}, writes=False, files=self.files)

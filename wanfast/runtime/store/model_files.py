@@ -42,7 +42,6 @@ DOWNLOADED: dict[str, int] = {"a14b": 126 * 10**9, "t2v-a14b": 126 * 10**9}
 Component = Literal["high_noise", "low_noise", "vae", "umt5"]
 COMPONENTS: tuple[Component, ...] = ("high_noise", "low_noise", "vae", "umt5")
 
-TRY_TINY = "--model tiny, which runs on any CPU"  # for a user who has no weights, or no GPU
 _NAME_ANOTHER = f"use {', '.join(NAMED_MODELS)} or a folder of weights"
 
 
@@ -144,6 +143,13 @@ class ModelFiles:
         return identity(self.weights(component), self.artifacts)
 
 
+def or_tiny(spec: ModelSpec) -> str:
+    """Returns the end of a fix for a user who has no weights of `spec`, or no GPU: what --model tiny can do instead."""
+    if spec.takes_images:
+        return ", or use --model tiny, which runs on any CPU"
+    return " (--model tiny runs on any CPU, but it needs an --image: it makes no video from text alone)"
+
+
 class Models(NamesExperts, Protocol):
     """This interface is for a config that names a model, an artifacts folder and, optionally, files of experts."""
 
@@ -186,7 +192,7 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
             "--model FOLDER"
         )
         if not root.is_dir():
-            return ModelFiles(root, "original", published, f"{fix}, or use {TRY_TINY}", artifacts, experts)
+            return ModelFiles(root, "original", published, f"{fix}{or_tiny(published)}", artifacts, experts)
     else:
         fix = "copy the whole folder again"
         with foreign(f"--model {model!r:.60}", _NAME_ANOTHER):
