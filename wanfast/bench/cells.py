@@ -150,7 +150,8 @@ def _config(bench: Bench, name: RecipeName) -> EffectiveConfig:
             "another recipe"
         )
     config = effective({**NO_VIDEO, **bench.options_of(name)}, bench.files)
-    if not is_distilled(config.models):
+    suits_model = bench.files.spec.takes_images or not RECIPES[name].num_images  # else the plan says what is wrong
+    if suits_model and not is_distilled(config.models):
         pair = pair_for(name, bench.files.spec)
         folder = bench.files.root / "loras" / name
         fix = f"run `wanfast download --lora {pair}`" if pair else f"put LoRAs into {folder}/EXPERT.safetensors"
