@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tests import expert_forms, lora_files
 from tests.expert_forms import FORMS, SCALED, file_of
 from tests.on_ranks import on_ranks
 from tests.one_expert import velocity, write_expert
+from tests.sharded import whole
 from wanfast.runtime.config import ModelsConfig, QuantizeConfig
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, WanFastError
@@ -71,10 +71,7 @@ def build(files: ModelFiles, precision: Any = "fp32", ranks: Ranks = ONE, **opti
 
 
 def state(model: WanDiT) -> dict[str, Tensor]:
-    return {
-        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in model.state_dict().items()
-    }
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
 def equal(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> bool:

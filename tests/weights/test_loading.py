@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from tests import sparse_model
 from tests.on_ranks import on_ranks
+from tests.sharded import whole
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.facts import memory
@@ -143,10 +143,6 @@ def test_rows_that_the_ranks_do_not_divide(tmp_path: Path, ranks: int, sharded: 
 
     results = [work(Ranks("cpu"))] if ranks == 1 else on_ranks(Mesh(ulysses=ranks), work)
     assert results == [[]] * ranks
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def test_what_was_loaded_needs_its_file_no_more(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tests import lora_files
 from tests.lora_files import RANK, diffusers, factors, low_rank, modules, of_blocks, product, underscored
 from tests.on_ranks import on_ranks
 from tests.one_expert import velocity, write_expert
 from tests.parity import relative_error
+from tests.sharded import whole
 from wanfast.runtime.config import ModelsConfig, QuantizeConfig
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, WanFastError
@@ -64,10 +64,7 @@ def build(source: ModelFiles, *loras: str, ranks: Ranks = ONE, precision: Any = 
 
 
 def state(model: WanDiT) -> dict[str, Tensor]:
-    return {
-        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in model.state_dict().items()
-    }
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
 def worst(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
