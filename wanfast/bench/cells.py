@@ -35,7 +35,7 @@ from wanfast.runtime.processes.handle import OF_ALL_VIDEOS, OF_HANDLE, Opened
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of, write_synced
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.json_files import read_object
-from wanfast.runtime.store.lora_pairs import downloaded_loras, is_distilled, pair_for
+from wanfast.runtime.store.lora_pairs import downloaded_loras, is_distilled, own_folder, pair_for
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import quantized_expert
 
@@ -78,7 +78,7 @@ class Bench:
         if enabled.get("guidance_high_noise") == enabled.get("guidance_low_noise") == 1:
             unusable.add("guidance_gate")
         given = {option: value for option, value in self.given.items() if option not in unusable}
-        has_own = (self.files.root / "loras" / name).is_dir()
+        has_own = own_folder(name, self.files.root).is_dir()
         loras = {} if has_own else downloaded_loras(name, self.files.spec, self.files.artifacts)
         return {"recipe": name, **loras, **given}
 
@@ -153,7 +153,7 @@ def _config(bench: Bench, name: RecipeName) -> EffectiveConfig:
     suits_model = bench.files.spec.takes_images or not RECIPES[name].num_images  # else the plan says what is wrong
     if suits_model and not is_distilled(config.models):
         pair = pair_for(name, bench.files.spec)
-        folder = bench.files.root / "loras" / name
+        folder = own_folder(name, bench.files.root)
         fix = f"run `wanfast download --lora {pair}`" if pair else f"put LoRAs into {folder}/EXPERT.safetensors"
         raise ConfigError(f"--recipes {name} needs distilled weights: {fix}, or use another recipe")
     if bench.steps_measured is not None:

@@ -57,13 +57,21 @@ def words_of(name: str, artifacts: Path, experts: tuple[Expert, ...] = EXPERTS) 
     return " ".join(f"{flag(f'lora_{expert}')} {shlex.quote(str(file))}" for expert, file in files.items())
 
 
+def own_folder(recipe: RecipeName, root: Path) -> Path:
+    """Returns the folder of the LoRAs that the model in `root` has for a recipe; the folder may be missing."""
+    return root / "loras" / recipe
+
+
 def own_loras(models: ModelsConfig, root: Path) -> dict[str, tuple[str, ...]]:
     """Returns {option: (path,)} of the LoRAs that the model in `root` has for the config's recipe.
 
     An option is, for example, "lora_low_noise". The path is `root`/loras/RECIPE/EXPERT.safetensors. An expert without
     this file is left out, and so is an expert for which the user gives distilled weights.
     """
-    files = {expert: root / "loras" / str(models.recipe) / f"{expert}.safetensors" for expert in _undistilled(models)}
+    if models.recipe is None:
+        return {}
+    folder = own_folder(models.recipe, root)
+    files = {expert: folder / f"{expert}.safetensors" for expert in _undistilled(models)}
     return {f"lora_{expert}": (str(file),) for expert, file in files.items() if file.is_file()}
 
 
