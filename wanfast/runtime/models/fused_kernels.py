@@ -287,8 +287,7 @@ def _heads_to_fp8(
     for first in range(start, start + ROWS, TILE):
         exists = row < rows - first
         x_here, cos_here, sin_here = x_ptr + first * stride, cos_ptr + first * (D // 2), sin_ptr + first * (D // 2)
-        factor = tl.full((TILE * GROUP,), D**-0.5 if HADAMARD else 1.0, tl.float32)
-        rms = factor
+        rms = tl.full((TILE * GROUP,), 1.0, tl.float32)
         if NORMED:
             squares = tl.zeros((TILE * GROUP, BLOCK), tl.float32)
             for group in tl.static_range(0, HEADS, GROUP):
@@ -298,7 +297,7 @@ def _heads_to_fp8(
             rms *= tl.reshape(tl.broadcast_to(tl.rsqrt(total / (HEADS * D) + eps), (TILE, GROUP)), (TILE * GROUP,))
         x = _prepared(
             x_here, stride, scale_ptr, centre_ptr, weight_ptr, cos_here, sin_here, row, exists, head, 0, channels, rms,
-            factor, HEADS, D, NORMED, ROTATED, CENTRED, HADAMARD,
+            HEADS, D, NORMED, ROTATED, CENTRED, HADAMARD,
         )  # fmt: skip
         for group in range(0, HEADS, GROUP):
             y = x
@@ -306,7 +305,7 @@ def _heads_to_fp8(
                 y = tl.dot(x, matrix)
             x = _prepared(
                 x_here, stride, scale_ptr, centre_ptr, weight_ptr, cos_here, sin_here, row, exists, head,
-                group + GROUP, channels, rms, factor, HEADS, D, NORMED, ROTATED, CENTRED, HADAMARD,
+                group + GROUP, channels, rms, HEADS, D, NORMED, ROTATED, CENTRED, HADAMARD,
             )  # fmt: skip
             now = head + group
             place = (((now // width * rows + first + row) * width + now % width) * D)[:, None] + channels[None, :]
@@ -318,13 +317,14 @@ def _heads_to_fp8(
 @triton.jit
 def _prepared(
     x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, row, exists, head, group, channels, rms,
-    factor, HEADS: tl.constexpr, D: tl.constexpr, NORMED: tl.constexpr, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, NORMED: tl.constexpr, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
     HADAMARD: tl.constexpr,
 ):  # fmt: skip
     """Returns a tile after all steps before the Hadamard matrix, and divided by its heads' scales."""
     known = exists & (head < HEADS - group)
     scale = tl.load(scale_ptr + group + head, known, 1.0)
-    x = _tile(x_ptr + group * D, row * stride, known, head, channels, D) * (rms / scale)[:, None]
+    factor = (D**-0.5 if HADAMARD else 1.0) / scale  # with the Hadamard matrix's own, which has ones and minus ones
+    x = _tile(x_ptr + group * D, row * stride, known, head, channels, D) * (rms * factor)[:, None]
     if NORMED:
         x *= _tile(weight_ptr + group * D, 0, known, head, channels, D)
     if ROTATED:
@@ -336,7 +336,7 @@ def _prepared(
         even, odd = tl.split(tl.reshape(x, (lines, PAIRS, 2)))
         x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
     if CENTRED:
-        x -= _tile(centre_ptr + group * D, 0, known, head, channels, D) * (factor / scale)[:, None]
+        x -= _tile(centre_ptr + group * D, 0, known, head, channels, D) * factor[:, None]
     return x.to(tl.float16) if HADAMARD else x
 
 
