@@ -36,7 +36,8 @@ for name, outputs in KERNELS.items():
             if parameter.is_constexpr:
                 signature[parameter.name], constants[parameter.name] = "constexpr", facts[parameter.name]
         source = ASTSource(kernel, signature, constants)
-        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+        warps = {"num_warps": fused_kernels._WARPS if name == "_heads_to_fp8" else 4}
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps).asm["ptx"]
         assert ".f64" not in ptx, (name, out)
         if largest:  # a kernel that quantizes: such a maximum would hide NaN
             assert not re.search(r"\\b(max|min)\\.(?!NaN)\\S*f32", ptx), (name, out)
