@@ -57,7 +57,8 @@ def attended(layer: SelfAttention, x: Tensor, sequence: Sequence, hadamard: bool
     """Returns the attention of all tokens in float8, before the last projection."""
     rope = RotaryTables(*(sequence.shard(table, 0) for table in rotary_tables(GRID, 16)))
     projections = Fp8Projections(layer, sequence.shard(x, 1), rope, Fp8(hadamard), together=False)
-    return sequence.gather(sequence.fp8_attention(projections, TOKENS), 1, TOKENS)
+    out, constant = sequence.fp8_attention(projections, TOKENS)
+    return sequence.gather(out + constant, 1, TOKENS)
 
 
 @pytest.mark.parametrize("hadamard", [True, False])
@@ -91,9 +92,10 @@ def test_a_layer_in_float8_is_near_to_the_exact_one(monkeypatch: pytest.MonkeyPa
         out = layer(x, rope, TOKENS, WholeSequence())
         error = relative_error(out, expected.double())
         assert 1e-4 < error < 0.05 and errors.tolist() == [0, 1, 2, 3]
-        q, k, v, heads = seen
+        q, k, v, heads, constant = seen
         exact = attention.attention(q, k, v)
         assert torch.equal(layer.o(exact.flatten(2)), expected) and heads.shape == q.shape
+        assert relative_error(heads + constant, exact.double()) < 0.05 < relative_error(heads, exact.double())
         layer.fp8 = Fp8(True)
         assert torch.equal(layer(x, rope, TOKENS, WholeSequence()), out)  # a check changes nothing
         layer.fp8 = Fp8(True, centres_v=False)
@@ -130,7 +132,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, plan: Plan, files: ModelFiles) -> lis
     found = []
     run = WholeSequence.fp8_attention
 
-    def attending(self: Any, projections: Any, num_tokens: int) -> Tensor:
+    def attending(self: Any, projections: Any, num_tokens: int) -> tuple[Tensor, Tensor]:
         running = lossy._check.__self__
         assert isinstance(running, Fp8Attention) and running._forward is not None
         found.append((running._forward.step, running._forward.branch, running._layer))

@@ -190,16 +190,6 @@ def test_linear_gelu(dtype: torch.dtype) -> None:
     assert relative_error(out, expected) <= {torch.float32: 5e-6, torch.bfloat16: 5e-3}[dtype]  # cuBLAS's tanh: 1.8e-6
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_add_to_heads(norms: ModuleType, dtype: torch.dtype) -> None:
-    x, addend = normal(1, 7, 5, 24, seed=0, dtype=dtype), normal(5, 24, seed=1)
-    expected = x.double() + addend.double()
-    norms.add_to_heads(x, addend)
-    assert relative_error(x, expected) <= ROUNDING[dtype]
-
-
 def test_kernels_refuse_rows_that_do_not_lie_one_after_the_other() -> None:
     kernels = importlib.import_module("wanfast.runtime.models.fused_kernels")
     x, weight = normal(1, 16, TOKENS, seed=0).transpose(1, 2), normal(16, seed=1)

@@ -29,7 +29,7 @@ from wanfast.runtime.facts.choices import Scheme
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec
 from wanfast.runtime.jobs import quantize
-from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.dit import Linear, WanDiT
 from wanfast.runtime.models.fused import quantize_tokens
 from wanfast.runtime.models.quantized import PRODUCTS, QuantizedLinear, dequantize
 from wanfast.runtime.models.tokens import QuantizedTokens
@@ -60,6 +60,19 @@ def linear(scheme: Scheme, dtype: torch.dtype, *, gelu: bool = False) -> tuple[Q
     made.weight.data, made.scale.data = quantize_weight(exact.weight.data, scheme)
     made.bias.data = exact.bias.data.to(dtype)
     return made, exact
+
+
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+@torch.no_grad()
+def test_a_shift_of_all_tokens_is_a_change_of_the_bias(scheme: Scheme | None) -> None:
+    made, exact = linear(scheme or "int8-dynamic", torch.float32)
+    if scheme is None:
+        made = Linear(96, 40)
+        made.load_state_dict(exact.state_dict())
+    x, shift = torch.randn(2, 33, 96), 5 * torch.randn(96)
+    change = made.of_shifted(x, shift) - made(x)
+    weight = made.weight if scheme is None else dequantize(made.weight, made.scale)
+    assert relative_error(change, (weight.double() @ shift.double()).expand_as(change)) <= 1e-6
 
 
 @pytest.mark.parametrize("gelu", [False, True])

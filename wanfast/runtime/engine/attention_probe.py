@@ -226,8 +226,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scales = torch.stack([scale_of(x.float().abs().amax((0, 1, 3))) for x in (q, k, v)])
     q8, k8, v8 = (heads_to_fp8(x.flatten(2), scale)[0] for x, scale in zip((q, k, v), scales, strict=True))
-    centre = torch.zeros(v.shape[2:], device=v.device)
-    return fp8_attention(Fp8Heads(q8, k8, v8, scales, centre), q.dtype)
+    return fp8_attention(Fp8Heads(q8, k8, v8, scales), q.dtype)
 
 
 _LOSSY = {

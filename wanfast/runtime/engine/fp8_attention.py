@@ -65,16 +65,18 @@ class Fp8Attention(LossyAttention):
             for layer, attention in enumerate(layers):
                 attention.fp8 = in_fp8 if step is not None and schedule.is_fp8(step, layer) else None
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """Returns the relative error [H] of each head of `out`, measured on sampled queries of all ranks.
+    def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, constant: Tensor) -> Tensor:
+        """Returns the relative error [H] of each head of `out` + `constant`, measured on sampled queries of all ranks.
 
-        `out` is the float8 attention that was computed from `q`, `k` and `v` in the current layer. All four are
-        [B, L, H, D], and hold the tokens of this rank. The method `errors` later returns the errors of all layers.
+        This sum is the float8 attention that was computed from `q`, `k` and `v` in the current layer. `constant` is
+        [H, D]. All others are [B, L, H, D], and hold the tokens of this rank. The method `errors` later returns the
+        errors of all layers.
         """
         assert self._forward is not None
         sequence = self._forward.ranks.sequence
         first, count = sequence.own(self._num_tokens)
         rows = self._rows(self._layer, self._num_tokens).to(q.device, non_blocking=True)
-        errors = sampled_errors(q[0], k[0, :count], v[0, :count], out[0], rows, first, sequence.stack)
+        tensors = q[0], k[0, :count], v[0, :count], out[0]
+        errors = sampled_errors(*tensors, rows, first, sequence.stack, constant)
         self._keep(self._layer, errors, range(self._num_heads))
         return errors

@@ -100,8 +100,12 @@ class Sequence(Protocol):
         """
         ...
 
-    def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> Tensor:
-        """Computes the same attention as the method `attention`, but in float8; ranks exchange float8 values."""
+    def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Computes the same attention as the method `attention`, but in float8; ranks exchange float8 values.
+
+        Returns (the attention of this rank's queries [B, L, H, D] without a constant, the constant [H, D]). The
+        attention is the sum of both.
+        """
         ...
 
     def own(self, num_tokens: int) -> tuple[int, int]:
@@ -130,11 +134,11 @@ class WholeSequence:
     def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
         return attend(*projections.all())
 
-    def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> Tensor:
+    def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> tuple[Tensor, Tensor]:
         q = projections.queries(1)[0]
         found = projections.scaling(self.stack(projections.statistics(0, num_tokens, num_tokens)))
         k, v = (x[0] for x in projections.keys_and_values(found, 1))
-        return fp8_attention(Fp8Heads(q, k, v, found.scales, found.v_centre), projections.dtype)
+        return fp8_attention(Fp8Heads(q, k, v, found.scales), projections.dtype), found.v_centre
 
     def own(self, num_tokens: int) -> tuple[int, int]:
         return 0, num_tokens

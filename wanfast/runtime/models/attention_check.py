@@ -33,18 +33,21 @@ def sampled_errors(
     rows_HS: Tensor,
     first: int = 0,
     stack: Callable[[Tensor], Tensor] = lambda x: x.unsqueeze(0),
+    constant_HD: Tensor | None = None,
 ) -> Tensor:
     """Returns each head's relative error [H], float32: |out - exact| / |exact| over the queries `rows_HS` of this head.
 
     q, k, v and out hold this rank's tokens. After the tokens, q and out may have padding; k and v must have none.
     `rows_HS`: for each head, the indices of the sampled queries in the whole video. `first`: the index of this rank's
-    first token in the whole video. `stack(x)` returns the tensors x of all ranks as one tensor [P, ...].
+    first token in the whole video. `stack(x)` returns the tensors x of all ranks as one tensor [P, ...]. `constant_HD`
+    is added to each row of out.
     """
     place, heads = rows_HS - first, torch.arange(rows_HS.shape[0], device=rows_HS.device)[:, None]
     is_own = ((place >= 0) & (place < len(k_LHD)))[..., None]
     place = place.clamp(0, len(q_LHD) - 1)
     own = torch.stack([torch.where(is_own, x[place, heads], 0) for x in (q_LHD, out_LHD)])
     queries, out = stack(own).sum(0)
+    out = out if constant_HD is None else out + constant_HD[:, None]
     parts = stack(_attended(queries, k_LHD, v_LHD))
     exact = (parts[..., :-1] * parts[..., -1:].softmax(0)).sum(0)
     return _relative_errors(out, exact)

@@ -2,7 +2,8 @@
 
 Three steps prepare q, k and v for the rounding. In exact arithmetic, none of these steps changes the result.
 * A constant vector of each head is subtracted from all keys: softmax does not change.
-* A constant vector of each head is subtracted from all values, and added to the output: the rows of softmax sum to 1.
+* A constant vector of each head is subtracted from all values. The output is then too small by the same vector, because
+  the rows of softmax sum to 1. The next linear layer adds the vector through its bias (`Linear.of_shifted`).
 * Queries and keys are multiplied by the same Hadamard matrix, which spreads large values of a few channels over
   all channels.
 The constants are means over tokens: over at least 2048 of them, or over all tokens of a short video. A constant must be
@@ -10,8 +11,9 @@ the same for all tokens of a head, so the ranks of Ulysses add up their sums bef
 
 Each head has one scale for q, one for k and one for v. RMS norm bounds each vector of q and k, so that the scales of q
 and k follow from the weights of the norm. The bound may be larger than all numbers that occur. This costs no precision,
-because float8 keeps its relative precision down to 1/28,672 of its largest number. The scale of v needs the largest
-number in v over all ranks.
+because float8 keeps its relative precision down to 1/28,672 of its largest number. For the same reason, the scale of v
+allows for values 64 times as large as the largest one of the sampled tokens; a still larger value would become this
+largest number.
 
 Shapes: B batch, L tokens, S sampled tokens, H heads, D head dim, d = H D. Sources: FlashAttention-3 (arXiv 2407.08608)
 section 3.3 for float8 and the Hadamard matrix; DeepSeek-V3 (arXiv 2412.19437) section 3.3.2 for sums on tensor cores.
@@ -29,11 +31,12 @@ from torch import Tensor
 
 from wanfast.runtime.facts.fp8_schedule import can_rotate
 from wanfast.runtime.models.attention_kernels import is_importable
-from wanfast.runtime.models.fused import add_to_heads, heads_to_fp8
+from wanfast.runtime.models.fused import heads_to_fp8
 from wanfast.runtime.models.operators import opaque
 from wanfast.runtime.models.tokens import FP8, LARGEST
 
 _SAMPLED = 2048  # tokens that a mean needs at least, if there are as many
+_MARGIN = 64.0  # by which any v may exceed the largest sampled one
 _LARGEST_P = 256.0  # FlashAttention-3 multiplies P by this, so that P uses the range of float8
 _STEP, _BITS = 32, 12  # a tensor core adds the products of 32 keys to a sum, and keeps about 12 bits of it
 _QUERIES = 512  # that the emulation holds the scores of
@@ -44,15 +47,13 @@ class Fp8Heads(NamedTuple):
     """Holds the queries, keys and values of some heads in float8.
 
     Before the rounding, a constant vector of each head was subtracted from k and from v, and then q, k and v were
-    divided by the scales. `fp8_attention` multiplies by the scales again, and adds `v_centre`, the constant of v, to
-    the output. The constant of k is not stored, because it does not change the attention.
+    divided by the scales. `fp8_attention` multiplies by the scales again.
     """
 
     q: Tensor  # [B, L, H, D]
     k: Tensor
     v: Tensor
     scales: Tensor  # [3, H]: of q, k and v
-    v_centre: Tensor  # [H, D], float32
 
 
 class Scaling(NamedTuple):
@@ -64,11 +65,6 @@ class Scaling(NamedTuple):
     scales: Tensor  # [3, H]
     k_centre: Tensor  # [H, D]
     v_centre: Tensor  # [H, D]
-
-    def of_heads(self, first: int, count: int) -> Scaling:
-        """Returns the scaling of `count` heads only, from head `first` on; heads count from 0."""
-        heads = slice(first, first + count)
-        return Scaling(self.scales[:, heads], self.k_centre[heads], self.v_centre[heads])
 
 
 def sampled_rows(first: int, count: int, num_tokens: int) -> slice:
@@ -82,22 +78,19 @@ def sampled_rows(first: int, count: int, num_tokens: int) -> slice:
     return slice(min(count, -first % every), count, every)
 
 
-def statistics(k_SHD: Tensor, v_BLd: Tensor, rows: slice) -> Tensor:
-    """Returns this rank's statistics of k and v, [5, d] float64, with five numbers for each of the d channels.
+def statistics(k_SHD: Tensor, v_Sd: Tensor) -> Tensor:
+    """Returns the statistics of this rank's sampled k and v, [5, d] float64: five numbers for each of the d channels.
 
     The five numbers are: the sum of k, the sum of v, the number of tokens in each sum, the least v and the largest v.
-    The sums are over the sampled tokens. The least and the largest v are over all tokens of this rank.
-    `k_SHD`: the keys of the sampled tokens, after norm and rotary embedding. `v_BLd`: the values of all tokens of this
-    rank; B is 1. `rows`: the slice of `v_BLd` that holds the sampled tokens, from `sampled_rows`.
+    `k_SHD`: the keys of the sampled tokens, after norm and rotary embedding. `v_Sd`: the values of the same tokens.
     """
     # A float64 holds these sums of bf16 values exactly, so neither their order nor the number of ranks changes a sum.
-    v_Ld = v_BLd[0]
-    found = v_Ld.new_empty(5, v_Ld.shape[1], dtype=torch.float64)
-    for row, x_Sd in enumerate((k_SHD.flatten(1), v_Ld[rows])):
+    found = v_Sd.new_empty(5, v_Sd.shape[1], dtype=torch.float64)
+    for row, x_Sd in enumerate((k_SHD.flatten(1), v_Sd)):
         found[row] = x_Sd.sum(0, dtype=torch.float64)
-    found[2], found[3], found[4] = len(k_SHD), math.inf, -math.inf
-    if len(v_Ld):
-        found[3], found[4] = torch.aminmax(v_Ld, dim=0)
+    found[2], found[3], found[4] = len(v_Sd), math.inf, -math.inf
+    if len(v_Sd):
+        found[3], found[4] = torch.aminmax(v_Sd, dim=0)
     return found
 
 
@@ -116,7 +109,8 @@ def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, centres_v: bool = True) -> S
     )
     centre = centre if centres_v else torch.zeros_like(centre)
     # |k - mean| is at most twice the largest norm.
-    limits = torch.stack((norms_2H[0], 2 * norms_2H[1], torch.maximum(largest - centre, centre - least).amax(1)))
+    v_limit = _MARGIN * torch.maximum(largest - centre, centre - least).amax(1)
+    limits = torch.stack((norms_2H[0], 2 * norms_2H[1], v_limit))
     return Scaling(scale_of(limits), k_mean, centre)
 
 
@@ -143,23 +137,26 @@ def attention_in_fp8(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
     rows, hadamard = sampled_rows(0, k_BLHD.shape[1], k_BLHD.shape[1]), can_rotate(q_BLHD.shape[-1])
     norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax((0, 1)) for x in (q_BLHD, k_BLHD)]
     q, k, v = (x.flatten(2) for x in (q_BLHD, k_BLHD, v_BLHD))
-    found = scaling(statistics(k_BLHD[0, rows], v, rows)[None], torch.stack(norms))
+    found = scaling(statistics(k_BLHD[0, rows], v[0, rows])[None], torch.stack(norms))
     q8, k8, v8 = (
         heads_to_fp8(x, scale, centre, hadamard=hadamard and x is not v)[0]
         for x, scale, centre in zip((q, k, v), found.scales, (None, *found[1:]), strict=True)
     )
-    return fp8_attention(Fp8Heads(q8, k8, v8, found.scales, found.v_centre), q_BLHD.dtype)
+    out = fp8_attention(Fp8Heads(q8, k8, v8, found.scales), torch.float32) + found.v_centre
+    return out.to(q_BLHD.dtype)
 
 
 def fp8_attention(heads: Fp8Heads, dtype: torch.dtype) -> Tensor:
-    """Returns the attention [B, L, H, D] in `dtype`: on a GPU by FlashAttention-3, on a CPU by an emulation."""
+    """Returns the attention [B, L, H, D] to these values, in `dtype`, without the constant that was subtracted from v.
+
+    FlashAttention-3 computes it on a GPU, an emulation on a CPU.
+    """
     return _fp8_attention(*heads, dtype)
 
 
-@opaque("wanfast::fp8_attention", shape=lambda q, k, v, scales, v_centre, dtype: q.new_empty(q.shape, dtype=dtype))
-def _fp8_attention(q: Tensor, k: Tensor, v: Tensor, scales: Tensor, v_centre: Tensor, dtype: torch.dtype) -> Tensor:
-    out = (_by_fa3() if q.is_cuda else emulated)(Fp8Heads(q, k, v, scales, v_centre))
-    add_to_heads(out, v_centre)
+@opaque("wanfast::fp8_attention", shape=lambda q, k, v, scales, dtype: q.new_empty(q.shape, dtype=dtype))
+def _fp8_attention(q: Tensor, k: Tensor, v: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    out = (_by_fa3() if q.is_cuda else emulated)(Fp8Heads(q, k, v, scales))
     return out.to(dtype)  # FlashAttention-3 has already rounded to bf16; the emulation has not rounded
 
 
@@ -193,9 +190,8 @@ def _descales(heads: Fp8Heads) -> dict[str, Tensor]:
 def emulated(heads: Fp8Heads) -> Tensor:
     """Emulates on any device what FlashAttention-3 computes on a Hopper GPU: [B, L, H, D] in float32.
 
-    The caller must still add `v_centre` to the result. The result has nearly the errors that were measured on a GPU.
-    These errors have two sources: the exponentials of the scores are rounded to float8, and the sums over the keys lose
-    their low bits.
+    The result has nearly the errors that were measured on a GPU. These errors have two sources: the exponentials of the
+    scores are rounded to float8, and the sums over the keys lose their low bits.
     """
     q, k, v = (rearrange(x.float(), "B L H D -> (B H) L D") for x in heads[:3])
     q_scale, k_scale, v_scale = (s.repeat(heads.q.shape[0])[:, None, None] for s in heads.scales)

@@ -58,6 +58,14 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
+    def of_shifted(self, x: Tensor, shift: Tensor) -> Tensor:
+        """Returns the layer's output for x + `shift`, where `shift` [in] float32 is the same for all tokens.
+
+        Only the bias changes, so this needs no pass over the tokens.
+        """
+        bias = self.bias + (self.weight.float() * shift).sum(-1)
+        return F.linear(x.to(self.weight.dtype), self.weight, bias.to(self.bias.dtype))
+
     def part(self, x: Tensor, part: int, parts: int) -> Tensor:
         """Returns the output channels of one group, and leaves out all others: [..., out / parts].
 
@@ -143,13 +151,12 @@ class SelfAttention(Attention):
             order = self.head_order if sequence.is_shared else None  # one rank has all heads
             heads = sequence.attention(Projections(self, x_BLd, rope, order), num_tokens, self.attend)
             heads = heads if order is None else order.restored(heads)
-        else:
-            projections = Fp8Projections(self, x_BLd, rope, self.fp8, together=not sequence.is_shared)
-            heads = sequence.fp8_attention(projections, num_tokens)
-            if self.fp8.errors is not None:
-                check_attention(*projections.exact(), heads, self.fp8.errors)
-        out: Tensor = self.o(heads.flatten(2))
-        return out
+            return self.o(heads.flatten(2))  # type: ignore[no-any-return]
+        projections = Fp8Projections(self, x_BLd, rope, self.fp8, together=not sequence.is_shared)
+        heads, constant = sequence.fp8_attention(projections, num_tokens)
+        if self.fp8.errors is not None:
+            check_attention(*projections.exact(), heads, constant, self.fp8.errors)
+        return self.o.of_shifted(heads.flatten(2), constant.flatten())
 
 
 def _split_fused_keys(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:

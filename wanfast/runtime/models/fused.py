@@ -122,14 +122,6 @@ def heads_to_fp8(
     return rearrange(rounded, "B L (P h) D -> P B L h D", P=parts).contiguous()
 
 
-def add_to_heads(x_BLHD: Tensor, addend_HD: Tensor) -> None:
-    """Adds `addend_HD`, in float32, to the heads of each token of x, in place."""
-    if _by_kernel(x_BLHD):
-        fused_kernels.add_to_rows(x_BLHD.flatten(2), addend_HD.flatten())
-    else:
-        x_BLHD.add_(addend_HD)
-
-
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Returns gelu(x W^T + b) [..., out], with GELU in its tanh approximation; x has the dtype of the weight.
 

@@ -156,13 +156,6 @@ def heads_to_fp8(
     return out
 
 
-def add_to_rows(x: Tensor, addend: Tensor) -> None:
-    """Adds `addend` [d], in float32, to each row of x [..., d] in place."""
-    _check_rows(x, addend)
-    d = x.shape[-1]
-    _add_to_rows[_grid(x)](x, addend, d=d, BLOCK=triton.next_power_of_2(d), num_warps=8)
-
-
 def _check_rows(*tensors: Tensor) -> None:
     for tensor in tensors:
         assert tensor.is_contiguous(), f"rows must be contiguous, not of strides {tensor.stride()}"
@@ -194,15 +187,6 @@ def _quantize_tokens(
     if GELU:  # the tanh formula; 1 + tanh(y) is 2 sigmoid(2 y)
         x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     _store(x, row, out_ptr, scale_ptr, d, LARGEST, BLOCK)
-
-
-@triton.jit
-def _add_to_rows(x_ptr, addend_ptr, d: tl.constexpr, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    mask = lanes < d
-    x_ptr += tl.program_id(0).to(tl.int64) * d + lanes
-    x = tl.load(x_ptr, mask, 0.0).to(tl.float32) + tl.load(addend_ptr + lanes, mask, 0.0)
-    tl.store(x_ptr, x.to(x_ptr.dtype.element_ty), mask)
 
 
 @triton.jit

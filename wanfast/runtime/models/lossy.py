@@ -16,7 +16,7 @@ from torch import Tensor
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.operators import opaque
 
-CheckFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (q, k, v, out) -> errors
+CheckFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # (q, k, v, out, constant) -> errors
 
 _attend: AttentionFn | None = None  # a process makes one video at a time
 _check: CheckFn | None = None
@@ -39,12 +39,13 @@ def lossy_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend(q, k, v).contiguous()
 
 
-@opaque("wanfast::check_attention", shape=lambda q, k, v, out, errors: None, mutates=("errors",))
-def check_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, errors: Tensor) -> None:
+@opaque("wanfast::check_attention", shape=lambda q, k, v, out, constant, errors: None, mutates=("errors",))
+def check_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, constant: Tensor, errors: Tensor) -> None:
     """Writes each head's relative error, compared with exact attention, into `errors` [H], as `check` computes it.
 
-    `out` is the attention whose error is measured. `out`, q, k and v are [B, L, H, D] of this rank's tokens.
+    The error of `out` + `constant` is measured. `out`, q, k and v are [B, L, H, D] of this rank's tokens; `constant` is
+    [H, D], the same for all tokens.
     """
     # The errors are written into an argument, because a compiled graph would drop an operator whose result nobody uses.
     assert _check is not None, "no video was started"
-    errors.copy_(_check(q, k, v, out))
+    errors.copy_(_check(q, k, v, out, constant))

@@ -108,7 +108,7 @@ class Fp8Projections:
         rows = sampled_rows(first, count, num_tokens)
         rope = RotaryTables(*(table[rows].contiguous() for table in self._rope))
         keys = self._layer.norm_k(self._product("k")[:, rows], self._layer.num_heads, rope)[0, 0]
-        return statistics(keys, self._product("v")[:, :count], rows)
+        return statistics(keys, self._product("v")[0, rows])
 
     def scaling(self, statistics_P5d: Tensor) -> Scaling:
         """Returns each head's scales and centres: the numbers by which float8 values are made of q, k and v.

@@ -53,6 +53,14 @@ class QuantizedLinear(nn.Module):
         """
         return self._outputs(x, self.weight, self.scale, self.bias)
 
+    def of_shifted(self, x: Tensor, shift: Tensor) -> Tokens:
+        """Returns the layer's output for x + `shift`, where `shift` [in] float32 is the same for all tokens.
+
+        Only the bias changes, so this needs no pass over the tokens.
+        """
+        bias = self.bias + (self.weight.float() * shift).sum(-1) * self.scale
+        return self._outputs(x, self.weight, self.scale, bias.to(self.bias.dtype))
+
     def part(self, x: Tokens, part: int, parts: int) -> Tokens:
         """Returns the output channels of one group, and leaves out all others: [..., out / parts].
 
