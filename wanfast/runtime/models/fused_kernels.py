@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wanfast.runtime.models.tokens import LARGEST
 
-_ROWS, _TILE, _GROUP, _WARPS = 16, 4, 8, 8  # of a program of `heads_to_fp8`
+_ROWS, _TILE, _GROUP, _WARPS = 24, 2, 8, 4  # of a program of `heads_to_fp8`
 wrap_triton: Callable[[Any], Any] = lambda kernel: kernel  # noqa: E731 - torch's own after `make_operators`
 
 
