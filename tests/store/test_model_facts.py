@@ -26,7 +26,7 @@ HUGE = 10**400
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Copies the tiny model, but links its weights, which are 27 MB: remove a link before you write a file there."""
+    """Copies the tiny model, but links its weights, which are 30 MB: remove a link before you write a file there."""
     return Path(shutil.copytree(TINY, tmp_path / "model", copy_function=link_or_copy))
 
 
