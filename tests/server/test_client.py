@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
@@ -17,12 +18,15 @@ import av
 import openai
 import pytest
 from PIL import Image
+from starlette.requests import Request
+from starlette.types import Message
 
 import wanfast
 from tests.server.running import STAR, Running, colour, data_url, running, until
 from wanfast.server import app
 from wanfast.server.fields import IMAGES, Fields
-from wanfast.server.store import Store
+from wanfast.server.keys import EVERYBODY
+from wanfast.server.store import Store, StoredJob
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -228,6 +232,34 @@ def test_a_video_of_sync_is_cancelled_if_its_client_leaves(server: Running) -> N
     until(lambda: server.ask("GET", "/v1/videos?limit=1").document["data"][0]["status"] == "failed")
     until(server.maker.cancelled.is_set)
     assert server.metric('wanfast_failures_total{code="cancelled"}') == before + 1
+
+
+@pytest.mark.parametrize(("headers", "status"), [((), "failed"), (((b"idempotency-key", b"k"),), "in_progress")])
+def test_a_video_of_sync_is_cancelled_if_its_task_is(
+    server: Running, headers: tuple[tuple[bytes, bytes], ...], status: str
+) -> None:
+    """Ray Serve cancels the task of a request whose client has left."""
+
+    async def never() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    async def leave(job: StoredJob) -> None:
+        waiting = asyncio.create_task(
+            app._awaited(Request({"type": "http", "headers": headers}, never), job, server.parts)
+        )
+        await asyncio.sleep(0.2)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    server.maker.holds.set()
+    video = server.create()
+    until(lambda: server.show(video)["status"] == "in_progress")
+    job = server.store.find(video, EVERYBODY)
+    assert job
+    asyncio.run(leave(job))
+    assert server.show(video)["status"] == status
 
 
 def test_a_video_of_sync_with_a_key_is_not_cancelled_if_its_client_leaves(

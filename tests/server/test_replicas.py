@@ -341,6 +341,14 @@ def test_the_videos_of_a_lost_machine_are_made_by_the_others(isolated: None, wor
         until(lambda: all(shown(video).get("status") == "completed" for video in videos), 200)
         for video in videos:
             assert (ask(machines, "GET", f"/v1/videos/{video}/content") or b"")[4:8] == b"ftyp"
+        fields = {"prompt": "a star", "num_inference_steps": 200, "input_reference": data_url(STAR.read_bytes())}
+        words = ("-c", _ASK.replace("timeout=60", "timeout=2"), "POST", "http://127.0.0.1:8123/v1/videos/sync")
+        assert subprocess.run(
+            machines.inside(sys.executable, *words, json.dumps(fields)), capture_output=True
+        ).returncode
+        last = json.loads(ask(machines, "GET", "/v1/videos?limit=1") or b"{}")["data"][0]["id"]
+        assert last not in videos
+        until(lambda: (shown(last).get("error") or {}).get("code") == "cancelled", 10)  # its client has left
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, (workdir / "errors").read_text()
         assert not machines.ranks()

@@ -338,6 +338,9 @@ RAW: dict[str, tuple[bytes, dict[str, str], int]] = {  # name -> (body, headers,
     "a path as file name": (
         form(('name="prompt"', b"a"), ('name="input_reference"; filename="../../x.png"', b"no picture")), FORM, 400),
     "a form of a browser": (b"prompt=a", {"Content-Type": "application/x-www-form-urlencoded"}, 400),
+    "many fields of a browser": (
+        b"&".join(b"f%d=1" % number for number in range(41)),
+        {"Content-Type": "application/x-www-form-urlencoded"}, 400),
     "a body that is too large": (b'{"prompt": "' + b"a" * MOST_BYTES + b'"}', JSON, 413),
     "a file that is too large": (
         form(('name="prompt"', b"a"), ('name="input_reference"; filename="x"', b"a" * MOST_BYTES)), FORM, 413),
@@ -351,8 +354,30 @@ def test_a_damaged_body_is_refused(server: Running, name: str) -> None:
     before = _left_by_requests(server)
     answer = server.ask("POST", "/v1/videos", body, as_(ALICE, **headers))
     assert answer.status == status, answer.body
+    assert answer.error["code"] == "invalid_form" or "many fields" not in name
     _check_answer(answer, server)
     assert _left_by_requests(server) == before
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"prompt": [' + b"0," * 50_000 + b"0]}", b"[" + b"[]," * 50_000 + b"[]]",
+     json.dumps({f"f{number}": 1 for number in range(41)}).encode()],
+    ids=["values", "lists", "fields"],
+)  # fmt: skip
+def test_a_body_of_many_values_is_refused_before_its_fields_are_checked(server: Running, body: bytes) -> None:
+    """Bodies of 31 MB held the thread of HTTP for 11 and 28 seconds."""
+    answer = server.ask("POST", "/v1/videos", body, as_(ALICE, **JSON))
+    assert (answer.status, answer.error["code"]) == (400, "invalid_json")
+    assert "the body has too many values: send at most 40 fields" in answer.error["message"]
+    _check_answer(answer, server)
+
+
+def test_prompts_of_commas_alone_may_have_their_full_length(server: Running) -> None:
+    texts = {"prompt": "a" + "," * 19_999, "negative_prompt": "," * 20_000}
+    body = json.dumps({**texts, "input_reference": PICTURE, "unknown": 1}).encode()
+    answer = server.ask("POST", "/v1/videos", body, as_(ALICE, **JSON))
+    assert (answer.status, answer.error["param"]) == (400, "unknown")
 
 
 def test_a_form_may_name_its_picture_as_it_likes(server: Running) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO
 from weakref import WeakValueDictionary
@@ -261,17 +262,26 @@ async def _awaited(request: Request, job: StoredJob, parts: Parts) -> Response:
     If the client leaves, the job is cancelled, unless the request has an Idempotency-Key: with such a key, the client
     can send the request again, and another request may wait for the same job.
     """
-    while not job.has_ended:
-        if parts.worker.is_stopping:
-            raise ApiError(
-                503, f"the server is stopping; after a restart it makes {job.id}", code="stopping", headers=_BUSY
-            )
-        if await request.is_disconnected():
-            if "idempotency-key" not in request.headers:
-                await run_in_threadpool(_cancelled, parts, job.id, job.owner)
-            return Response(status_code=_CLIENT_LEFT)
-        await asyncio.sleep(_LOOK_S)
-        job = await run_in_threadpool(_found, parts.store, job.id, job.owner)
+
+    def leave() -> None:
+        if "idempotency-key" not in request.headers:
+            with suppress(ApiError):  # it was deleted meanwhile
+                _cancelled(parts, job.id, job.owner)
+
+    try:
+        while not job.has_ended:
+            if parts.worker.is_stopping:
+                message = f"the server is stopping; after a restart it makes {job.id}"
+                raise ApiError(503, message, code="stopping", headers=_BUSY)
+            if await request.is_disconnected():
+                await run_in_threadpool(leave)
+                return Response(status_code=_CLIENT_LEFT)
+            await asyncio.sleep(_LOOK_S)
+            job = await run_in_threadpool(_found, parts.store, job.id, job.owner)
+    except asyncio.CancelledError:  # Ray Serve ends the task of a client that left
+        if not parts.worker.is_stopping:
+            asyncio.get_running_loop().run_in_executor(None, leave)
+        raise
     if job.error_code is not None:
         message = job.error_message or job.error_code
         raise ApiError(_STATUS_OF_SYNC[job.error_code], message, code=job.error_code)

@@ -21,6 +21,7 @@ from wanfast.server.replies import ApiError, unfit
 
 MOST_LETTERS = 20_000  # of a prompt; the model reads about 2,000
 _MOST_FIELDS = 40  # without files
+_MOST_COMMAS = 2 * MOST_LETTERS + 2 * _MOST_FIELDS  # of JSON: the two prompts, and what stands between fields
 IMAGE, LAST = "input_reference", "last_image"
 IMAGES = {IMAGE: "image", LAST: "last_image"}  # the fields that hold images -> options of `Handle.make`
 _NESTED = {f"{name}[image_url]": name for name in IMAGES}  # how the openai client writes {"image_url": ...} into a form
@@ -83,13 +84,27 @@ async def read(request: Request, most_bytes: int) -> Asked:
 
 
 def _object(body: bytes) -> dict[str, Any]:
+    """Returns the JSON object in a body. Raises ApiError.
+
+    Commas separate all values, so they are counted first: to decode millions of values takes many seconds, in which
+    the server would answer nobody.
+    """
+    if body.count(b",") > _MOST_COMMAS:
+        raise _too_many_values()
     try:
         values = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not JSON", code="invalid_json") from None
     if not isinstance(values, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
+    if len(values) > _MOST_FIELDS:
+        raise _too_many_values()
     return values
+
+
+def _too_many_values() -> ApiError:
+    message = f"the body has too many values: send at most {_MOST_FIELDS} fields, and prompts of {MOST_LETTERS} letters"
+    return ApiError(400, message, code="invalid_json")
 
 
 def _no_constant(name: str) -> None:
