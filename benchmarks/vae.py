@@ -20,9 +20,9 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,8 @@ from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models import convolution
 from wanfast.runtime.models.vae import WanVAE
+
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -75,11 +77,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     works: dict[str, Callable[[], Tensor]] = {
         "encode": lambda: vaes["tf32"].encode(clip, still_from=1),
         "encode in full": lambda: vaes["tf32"].encode(clip),
-        **{f"decode {kind}": lambda vae=vae: _last(vae, latents) for kind, vae in vaes.items()},
+        **{f"decode {kind}": lambda vae=vae: _last(vae.decode_stream(latents)) for kind, vae in vaes.items()},
     }
     if options.before:
         before = _vae(_module(options.before).WanVAE(A14B.vae), device)
-        works |= {"before: encode": lambda: before.encode(clip), "before: decode": lambda: _last(before, latents)}
+        works |= {
+            "before: encode": lambda: before.encode(clip),
+            "before: decode": lambda: _last(before.decode_stream(latents)),
+        }
     found: dict[str, Any] = {"first_s": {}, "peak_bytes": {}}
     for name, work in works.items():  # the first use of each searches for engines
         found["first_s"][name], found["peak_bytes"][name] = _first(work, device)
@@ -121,8 +126,7 @@ def measure_shared(options: argparse.Namespace) -> None:
             return _together(lambda: work() if ranks.is_leader else None, device)
 
         def shared(vae: WanVAE) -> Tensor | None:
-            pieces = [rows.collect(piece, 3) for piece in vae.decode_stream(own_latents, rows)]
-            return pieces[-1]
+            return _last(rows.collect(piece, 3) for piece in vae.decode_stream(own_latents, rows))
 
         works: dict[str, Callable[[], Tensor | None]] = {
             "encode, one rank": alone(lambda: vaes["tf32"].encode(clip, still_from=1)),
@@ -131,7 +135,7 @@ def measure_shared(options: argparse.Namespace) -> None:
             ),
         }
         for kind, vae in vaes.items():
-            works[f"decode {kind}, one rank"] = alone(lambda vae=vae: _last(vae, latents))
+            works[f"decode {kind}, one rank"] = alone(lambda vae=vae: _last(vae.decode_stream(latents)))
             works[f"decode {kind}"] = _together(lambda vae=vae: shared(vae), device)
         found: dict[str, Any] = {"first_s": {}, "peak_bytes": {}}
         for name, work in works.items():
@@ -187,10 +191,10 @@ def _module(file: Path) -> Any:
     return module
 
 
-def _last(vae: Any, latents: Tensor) -> Tensor:
-    """Decodes a video as the pipeline does, a few frames at a time; returns the last ones."""
-    for piece in vae.decode_stream(latents):
-        last: Tensor = piece
+def _last(pieces: Iterable[T]) -> T:
+    """Returns the last piece, and holds no others: they would count as memory that decoding needs."""
+    for piece in pieces:
+        last = piece
     return last
 
 

@@ -13,8 +13,9 @@ of all stages. `beyond_denoising_s` is the wall time without denoising, which ha
 video's wall time begins when the video before it is written, and ends when the video itself is written. From the second
 video of a list on, `outside_s` does not leave out the stage `write`, because the video before is written meanwhile. The
 summary `beyond_denoising_s` leaves out the first video of each list, because it includes the start. `end_s` is the time
-from the last video to the end of the command. The VAE's last layer is scaled down, so that x264 gets smooth frames.
---long adds a video with more steps. --noise adds a video whose frames are noise. Both have the stored prompt.
+from the last video to the end of the command. The VAE's last layer is scaled down, so that x264 gets smooth frames. The
+image is cropped, so that a video has exactly --size. --long adds a video with more steps. --noise adds a video whose
+frames are noise. Both have the stored prompt.
 
 `step_s` has the leader's seconds of each step. `guided_step_s` and `unguided_step_s` are medians of steps with guidance
 and without, and `unguided_share` is their ratio. `regrouping_s` says for each regrouping of the ranks how much longer
@@ -217,7 +218,7 @@ def of_steps(made: dict[str, Any]) -> dict[str, Any]:
 def _generate(folder: Path, scratch: Path, given: list[str], *, sampled: bool = False) -> Run:
     """Runs the command with bytecode in the scratch folder, as a machine that may write it would have it."""
     places = (f"--model={folder}", f"--image={PICTURE}", f"--artifacts-dir={scratch}/artifacts")
-    command = [sys.executable, "-m", "wanfast", "generate", *places, "--json", *given]
+    command = [sys.executable, "-m", "wanfast", "generate", *places, "--fit=crop", "--json", *given]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(scratch / "bytecode")
     used = 0

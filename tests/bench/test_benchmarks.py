@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -155,7 +156,24 @@ def test_the_last_line_holds_the_figures(
         program("spawned").on_ranks(lambda _: program(name).main(), Namespace(ranks=ON_RANKS[name]))
     else:
         program(name).main()
-    check(capfd.readouterr().out, figures, is_part=name in PARTS)
+    printed = capfd.readouterr().out
+    check(printed, figures, is_part=name in PARTS)
+    if name == "whole_video":
+        assert json.loads(printed.splitlines()[-1])["size"] == [64, 64, 5]  # as asked, although the picture is wider
+
+
+def test_the_memory_of_a_decoder_counts_one_piece_of_the_video() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for _ in range(3):
+            assert sum(ref() is not None for ref in held) <= 1
+            piece = torch.ones(1)
+            held.append(weakref.ref(piece))
+            yield piece
+            del piece
+
+    assert program("vae")._last(pieces()) is held[-1]()
 
 
 @pytest.mark.long

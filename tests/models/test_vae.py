@@ -11,7 +11,11 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from wanfast.runtime.facts.model_spec import VAESpec
-from wanfast.runtime.models.vae import WHOLE_FRAME, WanVAE, _start
+from wanfast.runtime.models import convolution, vae_fused
+from wanfast.runtime.models import vae as vae_module
+from wanfast.runtime.models.vae import WHOLE_FRAME, Rows, WanVAE, WholeFrame, _start
+from wanfast.runtime.store import model_files
+from wanfast.runtime.weights.builders import build_vae
 from wanfast.runtime.weights.key_maps import rename
 
 SPEC = VAESpec(base_dim=8)
@@ -248,3 +252,44 @@ def test_a_still_clip_that_ends_by_motion_is_encoded_to_the_same_bits(vae: WanVA
     assert torch.equal(shorter, whole)
     assert len(runs) - every < 0.8 * every
     assert not torch.equal(vae.encode(video, still_from=1), whole)
+
+
+class Part(WholeFrame):
+    """Stands in for the rows of one of several ranks; no neighbour sends anything."""
+
+    halo = 1
+
+    def fill(self, clip: Tensor) -> None:
+        clip[..., (0, -1), :] = 0
+
+
+@pytest.mark.parametrize("rows", [WHOLE_FRAME, Part()], ids=["whole", "shared"])
+def test_every_pass_reads_and_writes_channels_last(monkeypatch: pytest.MonkeyPatch, rows: Rows) -> None:
+    """On a GPU, each other layout would cost a copy in front of a convolution or a kernel."""
+    vae = build_vae(model_files.locate("tiny", ""), "cpu")
+    wrong: list[str] = []
+    convolve, norm, upsample = convolution._by_torch, vae_fused.rms_norm_silu_into, vae_fused.upsample
+
+    def look(what: str, *tensors: Tensor) -> None:
+        if not all(x.is_contiguous(memory_format=torch.channels_last_3d) for x in tensors):
+            wrong.append(f"{what} {[(tuple(x.shape), x.stride()) for x in tensors]}")
+
+    def convolving(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        look("convolution", x, weight)
+        return convolve(x, weight, *others).contiguous(memory_format=torch.channels_last_3d)  # as cuDNN's engines
+
+    def norming(out: Tensor, x: Tensor, gamma: Tensor) -> None:
+        look("norm", x)
+        norm(out, x, gamma)
+
+    def upsampling(x: Tensor, *others: int) -> Tensor:
+        look("upsampling", x)
+        return upsample(x, *others)
+
+    monkeypatch.setattr(convolution, "_by_torch", convolving)
+    monkeypatch.setattr(vae_module.vae_fused, "rms_norm_silu_into", norming)
+    monkeypatch.setattr(vae_module.vae_fused, "upsample", upsampling)
+    latents = vae.encode(video_of(9, 32, 48), rows=rows)
+    for _ in vae.decode_stream(latents, rows):
+        pass
+    assert wrong == []

@@ -19,7 +19,7 @@ try:
     main()
 except SystemExit as stop:
     assert not stop.code, stop.code
-for kernels in ("fused_kernels", "int8_kernel"):  # what a GPU build imports too
+for kernels in ("fused_kernels", "int8_kernel", "router_kernel", "vae_kernels"):  # what a GPU build imports too
     importlib.import_module(f"wanfast.runtime.models.{{kernels}}")
 print([name for name in {HEAVY} if name in sys.modules])
 """
