@@ -65,6 +65,11 @@ class _Columns(HTMLParser):
             self.counts[-1] += int(dict(attrs).get("colspan") or 1)
 
 
+def test_a_page_names_the_sizes_of_its_videos(tmp_path: Path) -> None:
+    clips = [{"prompt": "a", "video_size": size} for size in ("1168x768", "960x960", "1168x768")]
+    assert "1168x768 and 960x960, 32 frames" in written(tmp_path, size="1280x720", clips=clips).read_text()
+
+
 @pytest.mark.parametrize("left_out", [None, "the weights are random"])
 def test_every_row_has_all_columns(tmp_path: Path, left_out: str | None) -> None:
     """A measured row, a row that could not be measured, and the row of the noise floor."""
@@ -154,7 +159,8 @@ def written(folder: Path, **changes: Any) -> Path:
     frames = folder / "frames.mp4"
     report = {
         "model": "tiny", "size": "96x64", "frames": FRAMES, "steps": 2, "fps": FPS, "repeats": 1, "rows": [],
-        "clips": [{"image": "a.png", "prompt": "<b>bold", "seed": 0}], "machine": "2 CPU cores", "commit": None,
+        "clips": [{"image": "a.png", "prompt": "<b>bold", "seed": 0, "video_size": "96x64"}],
+        "machine": "2 CPU cores", "commit": None,
         "versions": {"torch": "2"}, "quality_left_out": None, "noise_floor": {}, "noise_floor_note": None, "base": "a",
         **changes,
     }  # fmt: skip
