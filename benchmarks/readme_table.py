@@ -4,11 +4,11 @@
 
 The reports are files of benchmarks/results whose names begin with the number and the kind of GPUs: bench-1xh100,
 bench-4xh100, bench-8xh100, or the same with h200. Each one is the document that `wanfast bench --recipes published,ours
---num-gpus 4 --json` prints last. If several of one beginning have a recipe, the last one counts, by the order of their
-names. Each number of GPUs that was measured has a column, of one kind of GPU: the kind that has reports of the most
-numbers, and of two that have as many an H100. The last column projects the seconds of four GPUs to eight of that kind,
-by the model of docs/projection.md. A cell without a measurement is a dash, and the legend says why. A test writes the
-table again.
+--num-gpus 4 --fit crop --json` prints last. If several of one beginning have a recipe, the last one counts, by the
+order of their names. Only reports of the published videos are taken: the A14B, 1280x720, 81 frames, 40 steps. Each
+number of GPUs that was measured has a column, of one kind of GPU: the kind that has reports of the most numbers, and of
+two that have as many an H100. The last column projects the seconds of four GPUs to eight of that kind, by the model of
+docs/projection.md. A cell without a measurement is a dash, and the legend says why. A test writes the table again.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cost_model import mesh_of, on_more_gpus, tokens_of
+from cost_model import STEPS, mesh_of, on_more_gpus, tokens_of
 from page_block import declaration, with_block
 from projection import RESULTS, ROOT, Fitted, fitted
 
 from wanfast.bench.published import PUBLISHED_S
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.facts.choices import RecipeName
+from wanfast.runtime.facts.model_spec import A14B
 
 OWN = RESULTS / "readme-table.json"
 KINDS = ("H100", "H200")
 COUNTS = (1, 4, 8)  # of GPUs
 PROJECTED = 4  # the number of GPUs whose seconds are projected to 8
 NOT_YET = "not measured yet"
+SIZE = "1280x720"
+VIDEO = {"model": A14B.name, "size": SIZE, "frames": 81, "steps": STEPS}  # of the published seconds
 LINES: Mapping[RecipeName, str] = {
     "baseline": "FlashAttention-2",
     "fa3": "FlashAttention-3",
@@ -76,7 +79,7 @@ def table(results: Path) -> dict[str, Any]:
             for measured in report["rows"]:
                 if (row := rows.get(measured["recipe"])) is None:
                     continue  # a recipe of few steps, which has no line here
-                known, new = row["on"][str(count)], _figures(measured)
+                known, new = row["on"][str(count)], _figures(measured, count)
                 if new["video_s"] is not None or known["video_s"] is None:
                     row["on"][str(count)] = new | {"file": file.name}
                     if count == PROJECTED and new["video_s"] is not None:
@@ -105,19 +108,26 @@ def _reports(results: Path, count: int, gpu: str) -> Iterator[tuple[Path, dict[s
             raise SystemExit(
                 f"{file}: measured on {report['machine']}, not on {count} x NVIDIA {gpu}: give the file another name"
             )
+        sizes = dict.fromkeys(clip["video_size"] for clip in report["clips"])
+        measured = {name: report[name] for name in VIDEO} | {"size": " and ".join(sizes)}
+        if measured != VIDEO:
+            said, wanted = (", ".join(f"{name} {value}" for name, value in of.items()) for of in (measured, VIDEO))
+            raise SystemExit(f"{file}: measured with {said}, not with {wanted}: measure it again as docs/bench.md says")
         yield file, report
 
 
-def _figures(row: dict[str, Any]) -> dict[str, Any]:
+def _figures(row: dict[str, Any], count: int) -> dict[str, Any]:
     why = None if row["status"] == "measured" else row["status"]
     if why is None and row["overridden"]:
         why = f"measured with {' '.join(row['overridden'])}"
+    if why is None and row["recipe_options"] != RECIPES[row["recipe"]].given({"num_gpus": count}):
+        why = "measured when this recipe had other options"
     seconds = None if why else row["video_s"]["median"]
     return {"video_s": seconds, "estimated": bool(seconds and row["estimated"]), "why": why}
 
 
 def _projected_8_s(row: dict[str, Any], report: dict[str, Any], found: Fitted) -> float:
-    width, height = map(int, report["size"].split("x"))
+    width, height = map(int, SIZE.split("x"))
     seconds = {stage: spread["median"] for stage, spread in row["seconds"].items()}
     cfg = RECIPES[row["recipe"]].of_several_ranks.get("cfg_parallel")
     meshes = mesh_of(PROJECTED, cfg), mesh_of(8, cfg)
@@ -161,6 +171,9 @@ def _legend(document: dict[str, Any], figures: dict[str, str]) -> str:
     parts.append("A dash: not published, or not measured.")
     for count, gpu in document["gpus"].items():
         parts += _missing(document["rows"], count, gpu)
+    kind, fitted_on = document["gpus"].get(str(PROJECTED)), document["projection"]["gpu"]
+    if any(row["projected_8_s"] for row in rows) and kind != fitted_on:
+        parts.append(f"The model that projects the seconds of {kind} was fitted on {fitted_on}.")
     return " ".join([*parts, _known(document["projection"], figures)])
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests import lora_files
-from tests.bench.results import program, results_of_two
+from tests.bench.results import of_published_size, program, results_of_two
 from tests.conftest import Machine, Outcome
 from wanfast.bench import cells as cells_module
 from wanfast.bench import figures
@@ -271,9 +271,12 @@ def test_a_report_holds_rows_pictures_and_videos(
     assert exact["forwards"] == {"computed": 6.0, "of": 6} and exact["peak_share"] is None
     assert exact["seconds"].keys() == {"encode", "denoise", "decode"} and exact["video_s"]["of"] == 2
     assert exact["start"]["warm_up_videos"] == 2 and exact["attention"] == "flash"
-    assert {"hardware", "versions", "commit", "clips", "options"} <= report.keys()
+    assert {"hardware", "versions", "commit", "options"} <= report.keys()
+    made = json.loads((Path("artifacts/bench") / exact["cells"][0] / "cell.json").read_text())["plan"]
+    assert [clip["video_size"] for clip in report["clips"]] == [f"{made['width']}x{made['height']}"] * 2
+    assert report["clips"][0]["video_size"] != report["size"]  # which gives only the area
     results = results_of_two(Path("copy"))
-    (results / "bench-4xh100.json").write_text(json.dumps(report | {"machine": "4 x NVIDIA H100"}))
+    (results / "bench-4xh100.json").write_text(json.dumps(report | of_published_size()))
     of_table = {name: row["on"]["4"] for name, row in program("readme_table").table(results)["rows"].items()}
     assert of_table["exact"]["video_s"] == exact["video_s"]["median"] and of_table["fa3-tf32"]["why"] == "needs CUDA"
     for name in ("waterfall.png", "quality.png"):

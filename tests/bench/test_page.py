@@ -19,8 +19,9 @@ from wanfast.bench.frames import write_frames
 from wanfast.bench.page import write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FPS, FRAMES = 16, 32  # two seconds
-# The page plays, is paused after a second, and is moved to an eighth of its time; this test gets what it showed.
+FPS, FRAMES = 16, 160  # ten seconds, so that the page's videos do not begin again while a script looks at them
+# The page plays, its second video is put back, it is paused after a second, and is moved to an eighth of its time; this
+# test gets what it showed.
 PROBE = """
 <script>
 const wait = ms => new Promise(done => setTimeout(done, ms));
@@ -29,6 +30,10 @@ window.addEventListener("load", async () => {
   document.getElementById("play").click();
   await wait(1000);
   const playing = times(), running = all.map(video => !video.paused);
+  all[1].currentTime = 0;
+  const apart = () => Math.max(...times()) - Math.min(...times());
+  for (let left = 60; left > 0 && apart() > 3 / fps; left--) await wait(100);
+  const inStep = times();
   document.getElementById("play").click();
   await wait(200);
   const paused = times();
@@ -38,7 +43,7 @@ window.addEventListener("load", async () => {
   scrub.dispatchEvent(new Event("input"));
   await wait(500);
   const errors = all.map(video => video.error && video.error.message);
-  fetch("/", {method: "POST", body: JSON.stringify({playing, running, paused, later, moved: times(), errors})});
+  fetch("/", {method: "POST", body: JSON.stringify({playing, running, inStep, paused, later, moved: times(), errors})});
 });
 </script>
 """
@@ -63,6 +68,11 @@ class _Columns(HTMLParser):
             self.counts.append(0)
         elif tag in ("th", "td"):
             self.counts[-1] += int(dict(attrs).get("colspan") or 1)
+
+
+def test_a_page_names_the_sizes_of_its_videos(tmp_path: Path) -> None:
+    clips = [{"prompt": "a", "video_size": size} for size in ("1168x768", "960x960", "1168x768")]
+    assert "1168x768 and 960x960, 160 frames" in written(tmp_path, size="1280x720", clips=clips).read_text()
 
 
 @pytest.mark.parametrize("left_out", [None, "the weights are random"])
@@ -120,8 +130,9 @@ def test_the_videos_of_a_page_play_in_step(tmp_path: Path) -> None:
     shown = probed(written(tmp_path), tmp_path)
     assert shown["errors"] == [None] * 3
     assert shown["running"] == [True] * 3
-    assert all(0.2 < at < 1.9 for at in shown["playing"])
-    assert max(shown["playing"]) - min(shown["playing"]) < 3 / FPS
+    assert all(0.2 < at < 4 for at in shown["playing"])
+    for times in (shown["playing"], shown["inStep"]):
+        assert max(times) - min(times) < 3 / FPS
     assert shown["paused"] == shown["later"]
     assert shown["moved"] == pytest.approx([FRAMES / FPS / 8] * 3, abs=1 / FPS)
 
@@ -131,7 +142,7 @@ def probed(page: Path, folder: Path) -> dict[str, Any]:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
     policy = ["--autoplay-policy=no-user-gesture-required", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     with _Server(("127.0.0.1", 0), _Handler) as server:
-        server.page = page.read_bytes() + PROBE.encode()
+        server.page = page.read_bytes() + PROBE.replace("fps", str(FPS)).encode()
         address = f"http://127.0.0.1:{server.server_address[1]}/"
         command = [str(CHROMIUM), *flags, *policy, "--remote-debugging-port=0", address]
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -154,7 +165,8 @@ def written(folder: Path, **changes: Any) -> Path:
     frames = folder / "frames.mp4"
     report = {
         "model": "tiny", "size": "96x64", "frames": FRAMES, "steps": 2, "fps": FPS, "repeats": 1, "rows": [],
-        "clips": [{"image": "a.png", "prompt": "<b>bold", "seed": 0}], "machine": "2 CPU cores", "commit": None,
+        "clips": [{"image": "a.png", "prompt": "<b>bold", "seed": 0, "video_size": "96x64"}],
+        "machine": "2 CPU cores", "commit": None,
         "versions": {"torch": "2"}, "quality_left_out": None, "noise_floor": {}, "noise_floor_note": None, "base": "a",
         **changes,
     }  # fmt: skip

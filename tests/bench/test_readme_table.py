@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench.results import ROOT, program, results_of_two
+from tests.bench.results import ROOT, of_published_size, program, results_of_two
 from wanfast.runtime.config.recipes import FEW_STEPS, RECIPES
 
 readme_table = program("readme_table")
@@ -32,7 +32,8 @@ def row(recipe: str, denoise_s: float, **changes: Any) -> dict[str, Any]:
 
 def report(*rows: dict[str, Any], on: str = "4 x H100") -> dict[str, Any]:
     count, gpu = on.split(" x ")
-    return {"machine": f"{count} x {FULL_NAMES[gpu]}", "size": "1280x720", "frames": 81, "rows": list(rows)}
+    rows_of = [{**row, "recipe_options": RECIPES[row["recipe"]].given({"num_gpus": int(count)}), **row} for row in rows]
+    return of_published_size(f"{count} x {FULL_NAMES[gpu]}") | {"rows": rows_of}
 
 
 @pytest.fixture
@@ -79,6 +80,9 @@ def test_a_measured_recipe_has_its_seconds_and_a_projection(results: Path) -> No
     assert "401.5 s = rows/baseline/on/4/video_s" in lines[-1]
     assert f"{on_8:.1f} s = rows/baseline/projected_8_s" in lines[-1]
     assert "The seconds of denoising were computed from a few timed steps." in lines[18]
+    assert "The model that projects the seconds of H100 was fitted on H200." in lines[18]
+    document["projection"]["gpu"] = "H100"
+    assert "was fitted on" not in readme_table.lines(document)[18]
 
 
 def test_the_legend_says_why_a_cell_is_a_dash(results: Path) -> None:
@@ -147,6 +151,30 @@ def test_a_report_of_another_machine_is_refused(results: Path, name: str, machin
     write(results, name, report() | {"machine": machine})
     with pytest.raises(SystemExit, match=f"measured on {machine}, not on {wanted}: give the file another"):
         readme_table.table(results)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "tiny"},
+        {"frames": 17},
+        {"steps": 20},
+        {"clips": [{"video_size": "1280x720"}, {"video_size": "1168x768"}]},
+    ],
+)
+def test_a_report_of_another_video_is_refused(results: Path, changes: dict[str, Any]) -> None:
+    write(results, "bench-4xh100", report(row("baseline", 400.0)) | changes)
+    said = r"bench-4xh100.json: measured with .*, not with model Wan2.2-I2V-A14B, size 1280x720, frames 81, steps 40: "
+    with pytest.raises(SystemExit, match=said):
+        readme_table.table(results)
+
+
+def test_a_recipe_that_had_other_options_is_a_dash(results: Path) -> None:
+    earlier = row("near-exact", 100.0, recipe_options={"quantize": "fp8-rowwise"})
+    write(results, "bench-4xh100", report(row("baseline", 400.0), earlier))
+    document = readme_table.table(results)
+    assert document["rows"]["near-exact"]["on"]["4"]["video_s"] is None
+    assert "`near-exact`: measured when this recipe had other options." in readme_table.lines(document)[18]
 
 
 def test_the_projections_errors_stand_in_the_legend(results: Path) -> None:

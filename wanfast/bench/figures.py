@@ -21,6 +21,7 @@ from wanfast.bench.measure import Errors
 from wanfast.bench.published import PUBLISHED_S
 from wanfast.magcache_calib.clips import Clip
 from wanfast.runtime.config.option import words
+from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import NeedsGpuError
 from wanfast.runtime.facts.flop import bf16_peak, forward_flop
 from wanfast.runtime.machine.packages import commit, versions
@@ -51,7 +52,8 @@ def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Do
             row["ratio_unclear"] = row is not base and _is_unclear(row["video_s"], base["video_s"])
     left_out = bench.no_quality or ("" if base["status"] == "measured" else f"{base['recipe']} was not measured")
     floor = {} if left_out else _add_quality(bench, rows, made, cells)
-    config = next(row.plans[0].config for row in rows if row.plans)
+    plans = next(row.plans for row in rows if row.plans)  # a video has the same size with each recipe
+    config = plans[0].config
     here = hardware(config.ranks.device)
     used = f"{config.ranks.num_gpus} x {here['gpus'][0]}" if here["gpus"] else f"{here['cores']} CPU cores"
     return {
@@ -61,7 +63,7 @@ def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Do
         **{name: getattr(config.video, name) for name in ("size", "frames", "fps")},
         "steps": config.video.num_steps,
         "options": {name: value for name, value in bench.given.items() if name != "artifacts_dir"},
-        "clips": [_shown(clip) for clip in bench.clips],
+        "clips": [_shown(clip, plan) for clip, plan in zip(bench.clips, plans, strict=True)],
         "repeats": bench.repeats,
         "steps_measured": bench.steps_measured,
         "rows": made,
@@ -74,10 +76,11 @@ def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Do
     }
 
 
-def _shown(clip: Clip) -> Document:
-    """Returns the options of a clip; paths of images are reduced to file names."""
+def _shown(clip: Clip, plan: Plan) -> Document:
+    """Returns the options of a clip, and the size of its videos; paths of images are reduced to file names."""
     paths = {"image", "last_image"}
-    return {name: Path(value).name if name in paths else value for name, value in clip.options.items()}
+    shown = {name: Path(value).name if name in paths else value for name, value in clip.options.items()}
+    return {**shown, "video_size": f"{plan.geometry.width}x{plan.geometry.height}"}
 
 
 def _row(row: Row, cells: Cells, errors: Errors) -> Document:
@@ -87,6 +90,7 @@ def _row(row: Row, cells: Cells, errors: Errors) -> Document:
         "recipe": row.recipe,
         "status": "measured",
         "reason": None,
+        "recipe_options": RECIPES[row.recipe].given(vars(row.plans[0].config.ranks)) if row.plans else None,
         "overridden": [word for change in changes.items() for word in words(*change)],
         "seconds": {},
         "video_s": None,

@@ -22,7 +22,7 @@ def draw_waterfall(report: dict[str, Any], file: Path) -> None:
     rows = report["rows"][::-1]  # the first is drawn on top
     figure = Figure(figsize=(10, 1.6 + 0.34 * len(rows)), layout="constrained")
     ours, published = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    names = [row["recipe"] for row in rows]
+    names = [_name(row) for row in rows]
     left = [0.0] * len(rows)
     for stage, shade in (("encode", "#9cc4e4"), ("denoise", OURS), ("decode", "#1b4b73")):
         widths = [row["seconds"].get(stage, {"median": 0.0})["median"] for row in rows]
@@ -40,6 +40,7 @@ def draw_waterfall(report: dict[str, Any], file: Path) -> None:
     bars = published.barh(names, [row["published_s"] or 0 for row in rows], color=PUBLISHED)
     published.bar_label(bars, [f"{row['published_s']} s" if row["published_s"] else "" for row in rows], padding=3)
     published.set(title="published: A14B, 8 x H100", xlabel="seconds of a video", xlim=(0, 320))
+    figure.supxlabel(_note(rows), fontsize="small")
     figure.savefig(file, dpi=110, format="png")
 
 
@@ -64,7 +65,7 @@ def draw_quality(report: dict[str, Any], file: Path) -> None:
         quality = row["quality"]
         place = row["video_s"]["median"], top if quality["identical"] else quality["psnr"]
         axes.plot(*place, "^" if quality["identical"] else "o", color=OURS)
-        name = f"{row['recipe']}{': identical, ∞ dB' if quality['identical'] else ''}"
+        name = f"{_name(row)}{': identical, ∞ dB' if quality['identical'] else ''}"
         axes.annotate(name, place, (5, 4), textcoords="offset points", fontsize="small")
     for name, value in floor.items():
         if value is not None:
@@ -73,4 +74,20 @@ def draw_quality(report: dict[str, Any], file: Path) -> None:
     axes.set_title(f"{report['model']}, {report['machine']}")
     axes.set(xlabel="seconds of a video", ylabel=f"PSNR to {report['base']} in dB", ylim=(None, top + 5))
     axes.margins(x=0.25)
+    figure.supxlabel(_note(rows), fontsize="small")
     figure.savefig(file, dpi=110, format="png")
+
+
+def _name(row: dict[str, Any]) -> str:
+    """Returns the recipe of a row, with a star if other options than the recipe's were measured."""
+    return f"{row['recipe']}{'*' if _is_changed(row) else ''}"
+
+
+def _note(rows: list[dict[str, Any]]) -> str:
+    """Returns what the star of some names means."""
+    changes = dict.fromkeys(" ".join(row["overridden"]) for row in rows if _is_changed(row))
+    return f"* but with {'; '.join(changes)}" if changes else ""
+
+
+def _is_changed(row: dict[str, Any]) -> bool:
+    return row["status"] == "measured" and bool(row["overridden"])
