@@ -17,7 +17,7 @@ from wanfast.runtime.models import fused_kernels, router_kernel, vae_kernels
 FACTS = {"eps": 1e-6, "d": 5120, "BLOCK": 8192, "GATED": True, "GELU": True}
 FACTS |= {"ROTATED": True, "PAIRS_A_HEAD": 64, "PARTS": 4}
 FACTS |= {"NORMED": True, "CENTRED": True, "HADAMARD": True, "HEADS": 40, "D": 128, "HEAD_DIM": 128}
-FACTS |= {name: getattr(fused_kernels, f"_{name}") for name in ("ROWS", "TILE", "GROUP")}
+OF_HEADS = {"BLOCK": 128} | {name: getattr(fused_kernels, f"_{name}") for name in ("ROWS", "TILE", "GROUP")}
 FACTS |= {"SCALE": 128**-0.5, "LANES": 128, "TILE": router_kernel._TILE}
 COUNTS = dict.fromkeys(("stride", "rows", "quarters", "blocks", "first", "last"), "i32")
 OF_VAE = {"channels": 384, "SILU": True, "rate": 2, "ROWS": 8, "LANES": 512}
@@ -32,7 +32,7 @@ for name, outputs in KERNELS.items():
     module = MODULES.get(name, fused_kernels)
     kernel = getattr(module, name)
     for out, largest in outputs:
-        facts = FACTS | {"LARGEST": largest} | ({"BLOCK": 128} if name == "_heads_to_fp8" else {})
+        facts = FACTS | {"LARGEST": largest} | (OF_HEADS if name == "_heads_to_fp8" else {})
         facts |= OF_VAE if module is vae_kernels else {}
         signature, constants = {}, {}
         for parameter in kernel.params:
