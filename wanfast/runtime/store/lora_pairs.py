@@ -4,8 +4,8 @@
 --lora-high-noise and --lora-low-noise. `wanfast bench` takes a downloaded pair by itself.
 
 Some recipes need distilled weights. If the user gives none for an expert, the expert's LoRA is taken from the folder of
-the model: <model>/loras/RECIPE/EXPERT.safetensors. If there is no folder for `hybrid`, that of `lightning-4` is used. If
-the file is missing too, the recipe is refused.
+the model: <model>/loras/RECIPE/EXPERT.safetensors. If a model has no folder for `hybrid`, the folder of `lightning-4`
+is used. If the file is missing too, the recipe is refused.
 """
 
 from __future__ import annotations
