@@ -74,8 +74,9 @@ def videos(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def bench_of(folder: Path, *recipes: Any, **named: Any) -> Bench:
-    files = model_files.locate("tiny", "artifacts")
-    return Bench(recipes, tuple(read_set(folder, 0)), named.pop("given", SMALL), files, **named)
+    given = named.pop("given", SMALL)
+    files = model_files.locate(given["model"], "artifacts")
+    return Bench(recipes, tuple(read_set(folder, 0)), given, files, **named)
 
 
 def test_groups_of_recipes_and_single_ones() -> None:

@@ -289,6 +289,60 @@ def test_a_handle_takes_the_recipe_and_the_weights_by_either_call(pair: None, wo
         opened.plan(video | both | {"steps": 3})
 
 
+def test_a_video_of_a_handle_may_have_distilled_weights_of_its_own(pair: None, workdir: Path) -> None:
+    """A handle offers the recipes that it can make, by the LoRAs of `open` or of the model; `make` may name others."""
+    video = {"image": "cat.png", "prompt": "a cat"}
+    both = {"lora_high_noise": ("high_noise.safetensors",), "lora_low_noise": ("low_noise.safetensors",)}
+
+    def offered(opened: Opened) -> list[str]:
+        return [name for name in RECIPES if opened.has_models_of(name)]
+
+    def own_of(opened: Opened, recipe: str, **options: Any) -> list[tuple[str, ...]]:
+        models = opened.plan({**video, "recipe": recipe, **options}).config.models
+        return [models.lora_high_noise, models.lora_low_noise]
+
+    folder = model_files.TINY / "loras/lightning-4"
+    shipped = [(str(folder / f"{expert}.safetensors"),) for expert in ("high_noise", "low_noise")]
+    for recipe in (None, "lightning-4"):
+        opened = Opened.of({"model": "tiny", "device": "cpu", "recipe": recipe})
+        assert offered(opened) == ["lightning-4", "hybrid"]
+        assert own_of(opened, "lightning-4") == shipped and own_of(opened, "hybrid") == [(), shipped[1]]
+        assert opened.plan({**video, "recipe": "rcm-4", **both}).num_forwards == 4
+        with pytest.raises(ConfigError, match=r"--recipe rcm-4: .* fits the loaded models \(lightning-4, hybrid\)$"):
+            opened.plan({**video, "recipe": "rcm-4"})
+    without = Opened.of({"model": str(lora_files.tiny_without_loras(workdir)), "device": "cpu"})
+    assert offered(without) == []
+    given = [tuple(str(workdir / each) for each in both[name]) for name in both]
+    assert own_of(without, "lightning-4", **both) == given
+    assert own_of(without, "hybrid", lora_low_noise=both["lora_low_noise"]) == [(), given[1]]
+
+
+def test_the_hybrid_takes_the_low_noise_lora_for_four_steps(wanfast: Wanfast, pair: None, workdir: Path) -> None:
+    own = lora_files.tiny_without_loras(workdir)
+    for recipe, halves in {"lightning-4": ("high_noise", "low_noise"), "hybrid": ("low_noise",)}.items():
+        (own / "loras" / recipe).mkdir(parents=True)
+        for half in halves:
+            shutil.copy(f"{half}.safetensors", own / "loras" / recipe)
+        line = ("generate", "--model", "own", "--device", "cpu", *VIDEO, "--recipe", "hybrid", "--dry-run", "--json")
+        models = wanfast(*line).document["effective"]["models"]
+        assert models["lora_low_noise"] == [str(own / f"loras/{recipe}/low_noise.safetensors")]
+        assert models["lora_high_noise"] == []
+
+
+def test_from_finds_the_loras_of_a_model_that_lies_elsewhere(wanfast: Wanfast, workdir: Path) -> None:
+    """The package of the tiny model may be installed in another folder, or on another machine."""
+    made = wanfast(*TINY, "--recipe", "lightning-4", "--dry-run", "--json")
+    elsewhere = json.dumps(made.document | {"weights": None}).replace(str(model_files.TINY), "/elsewhere")
+    assert "/elsewhere/loras" in elsewhere
+    (workdir / "one.json").write_text(elsewhere)
+    again = wanfast("generate", "--from", "one.json", "--dry-run", "--json")
+    assert again.exit_code == 0, again.err
+    assert again.document["effective"]["models"] == made.document["effective"]["models"]
+    digests = made.document["effective"]["models"]["lora_sha256"]
+    (workdir / "two.json").write_text(elsewhere.replace(digests[0], "0" * 64))
+    assert "--from: a LoRA file has changed since the earlier run" in wanfast("generate", "--from", "two.json").err
+
+
 def test_curves_are_measured_without_distilled_weights() -> None:
     with pytest.raises(
         ConfigError, match="--recipe hybrid: this recipe uses distilled weights, but a curve is measured without them"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import wanfast
+from tests import lora_files
 from tests.attention_plan import store_a_plan
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import CancelledError, ConfigError, MissingArtifactError, RankFailedError
@@ -296,8 +297,9 @@ def test_recipes_share_models_if_another_kernel_replaces_their_lossy_attention()
     assert "near-exact" not in fitting(recipe="exact", quantize="fp8-rowwise", attention="auto")
 
 
-def test_a_recipe_of_a_video_is_refused_if_the_models_fit_none(ranks: list[Ranks]) -> None:
-    with wanfast.open(**TINY_ON_CPU) as handle:
+def test_a_recipe_of_a_video_is_refused_if_the_models_fit_none(ranks: list[Ranks], tmp_path: Path) -> None:
+    own = str(lora_files.tiny_without_loras(tmp_path))
+    with wanfast.open(**{**TINY_ON_CPU, "model": own}) as handle:
         with pytest.raises(
             ConfigError,
             match=r"^--recipe fast: the loaded models are not those of this recipe: leave out --recipe, or use a "

@@ -197,7 +197,8 @@ def test_a_stream_needs_a_key(server: Running) -> None:
 
 def test_the_model_tells_its_defaults_and_its_recipes(server: Running, tmp_path: Path) -> None:
     (model,) = server.ask("GET", "/v1/models", headers=as_(ALICE)).document["data"]
-    assert (model["recipe"], model["recipes"], model["max_upload_bytes"]) == (None, [], 2_000_000)
+    assert (model["recipe"], model["max_upload_bytes"]) == (None, 2_000_000)
+    assert model["recipes"] == ["lightning-4", "hybrid"]  # with the LoRAs that the tiny model brings
     asked = {"size": "64x64", "num_frames": 5, "fps": 16, "num_inference_steps": 3, "flow_shift": 5.0}
     assert asked.items() <= model["defaults"].items()
     assert {"prompt", "seed", "input_reference"}.isdisjoint(model["defaults"])
@@ -221,8 +222,19 @@ def test_a_recipe_is_chosen_among_those_of_the_loaded_models(tmp_path: Path) -> 
             assert (refused.status, refused.error["param"]) == (400, "recipe") and words in refused.error["message"]
 
 
+def test_a_request_may_take_the_loras_that_the_model_brings(tmp_path: Path) -> None:
+    """Each video of a server has LoRAs of its own: the next one is that of the base weights again."""
+    with running(tmp_path, defaults={"steps": 2, "seed": 5}) as server:
+        ended = [
+            server.ended(server.create(**own)) for own in ({}, {"recipe": "lightning-4"}, {"recipe": "hybrid"}, {})
+        ]
+        assert [each["status"] for each in ended] == ["completed"] * 4
+        assert [each["plan"]["forwards"] for each in ended] == [4, 4, 33, 4]
+
+
 def test_a_server_without_recipes_says_what_a_recipe_needs(tmp_path: Path) -> None:
-    with running(tmp_path) as server:
+    own = str(lora_files.tiny_without_loras(tmp_path))
+    with running(tmp_path, options={**SMALL, "model": own}) as server:
         given = {"prompt": "a", "input_reference": data_url(STAR.read_bytes()), "recipe": "fast"}
         refused = server.ask("POST", "/v1/videos", **given)
         assert (refused.status, refused.error["param"]) == (400, "recipe")

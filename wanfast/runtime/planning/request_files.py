@@ -135,6 +135,8 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     asked = {name: ran[name] if OPTIONS[name].option.path else asked[name] for name in asked.keys() & reused}
     options, asked = repeated(ran, asked, typed)  # with paths as in `ran`, which are absolute
     has_its_loras = all(name in options and options[name] == ran[name] for name in _LORAS)
+    if has_its_loras:  # those that the model brought are found again, because its folder may have another path now
+        options = {name: value for name, value in options.items() if name not in _LORAS or name in asked}
     if "extend_prompt" in typed and effective.video.written_prompts:
         options["prompt"] = effective.video.written_prompts
     return Request(

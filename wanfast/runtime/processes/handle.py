@@ -11,11 +11,11 @@ import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from wanfast.runtime.config import (
@@ -28,7 +28,7 @@ from wanfast.runtime.config import (
     accepted,
     parse_size,
 )
-from wanfast.runtime.config.models import OF_LOSSY
+from wanfast.runtime.config.models import OF_LOSSY, without_loras
 from wanfast.runtime.config.option import absolute, options_of
 from wanfast.runtime.config.precedence import without_overridden
 from wanfast.runtime.config.recipes import RECIPES, with_recipe
@@ -47,7 +47,7 @@ from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.processes.arriving import ArrivingFrames
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.processes.run_folder import new_run_folder
-from wanfast.runtime.store.lora_pairs import is_distilled
+from wanfast.runtime.store.lora_pairs import is_distilled, own_loras
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
@@ -151,10 +151,13 @@ class Opened:
         options = {**asked, **{name: decided[name] for name in OF_HANDLE | (_LORAS & asked.keys())}}
         return cls(asked, options, plan, files, free_memory, required)
 
-    def has_models_of(self, recipe: RecipeName) -> bool:
+    def has_models_of(self, recipe: RecipeName, options: Mapping[str, Any] = MappingProxyType({})) -> bool:
         """Returns whether the loaded models are those of `recipe`, so that a video by this recipe can be made.
 
-        If `open` got --attention, it overrides the recipe's attention if this is lossy, as in any other run.
+        LoRAs do not count, because each video may have its own: those in `options`, the options of the video, or
+        those of `open`, or those that the model has for the recipe. But a recipe that needs distilled weights needs
+        one of these. If `open` got --attention, it overrides the recipe's attention if this is lossy, as in any other
+        run.
         """
         if recipe == self.asked.get("recipe"):
             return True
@@ -163,7 +166,10 @@ class Opened:
         if (kernel := self.asked.get("attention")) and given.get("attention") in LOSSY_ATTENTION:
             given = {**given, "attention": kernel}
         own = {name: value for name, value in given.items() if name in OF_HANDLE}
-        models = dataclasses.replace(self.placed.config.models, recipe=recipe)
+        named = {name: value for name, value in {**self.asked, **options}.items() if name in _LORAS and value}
+        models = dataclasses.replace(without_loras(self.placed.config.models), recipe=recipe, **named)
+        of_model: dict[str, Any] = {**own_loras(models, self.files.root)}
+        models = dataclasses.replace(models, **of_model)
         return own == loaded and is_distilled(models)
 
     def plan(self, options: dict[str, Any]) -> Plan:
@@ -174,7 +180,7 @@ class Opened:
         options = accepted(options)
         _refuse(options, options.keys() & OF_HANDLE - {"recipe"}, "the handle", "wanfast.open")
         recipe = options.get("recipe")
-        if recipe is not None and not self.has_models_of(recipe):
+        if recipe is not None and not self.has_models_of(recipe, options):
             fits = ", ".join(name for name in RECIPES if self.has_models_of(name))
             fix = f"use a recipe that fits the loaded models ({fits})"
             if not fits:

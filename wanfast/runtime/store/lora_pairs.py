@@ -4,7 +4,8 @@
 --lora-high-noise and --lora-low-noise. `wanfast bench` takes a downloaded pair by itself.
 
 Some recipes need distilled weights. If the user gives none for an expert, the expert's LoRA is taken from the folder of
-the model: <model>/loras/RECIPE/EXPERT.safetensors. If this file is missing too, the recipe is refused.
+the model: <model>/loras/RECIPE/EXPERT.safetensors. If a model has no folder for `hybrid`, the folder of `lightning-4`
+is used. If the file is missing too, the recipe is refused.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ PAIRS: Mapping[str, LoraPair] = MappingProxyType(
         ),
     }
 )
+_TRAINED_FOR: Mapping[RecipeName, RecipeName] = MappingProxyType({"hybrid": "lightning-4"})  # whose LoRAs serve too
 _PAIR_OF = {"lightning-4": "lightning-seko-v1", "lightning-8": "lightning-seko-v1", "hybrid": "lightning-seko-v1"}
 
 
@@ -58,15 +60,19 @@ def words_of(name: str, artifacts: Path, experts: tuple[Expert, ...] = EXPERTS) 
 
 
 def own_folder(recipe: RecipeName, root: Path) -> Path:
-    """Returns the folder of the LoRAs that the model in `root` has for a recipe; the folder may be missing."""
-    return root / "loras" / recipe
+    """Returns the folder of the LoRAs that the model in `root` has for a recipe; the folder may be missing.
+
+    If the folder of `hybrid` is missing, and that of `lightning-4` exists, the result is the latter.
+    """
+    own, other = (root / "loras" / name for name in (recipe, _TRAINED_FOR.get(recipe, recipe)))
+    return other if other.is_dir() and not own.is_dir() else own
 
 
 def own_loras(models: ModelsConfig, root: Path) -> dict[str, tuple[str, ...]]:
     """Returns {option: (path,)} of the LoRAs that the model in `root` has for the config's recipe.
 
-    An option is, for example, "lora_low_noise". The path is `root`/loras/RECIPE/EXPERT.safetensors. An expert without
-    this file is left out, and so is an expert for which the user gives distilled weights.
+    An option is, for example, "lora_low_noise". The path is EXPERT.safetensors in the recipe's folder (`own_folder`).
+    An expert without this file is left out, and so is an expert for which the user gives distilled weights.
     """
     if models.recipe is None:
         return {}
