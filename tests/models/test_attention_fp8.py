@@ -79,6 +79,15 @@ def test_heads_to_fp8(norms: ModuleType, heads: int, head_dim: int, parts: int, 
     assert near.double().mean((0, 1, 3)).min() > 0.9, "in some head"
 
 
+@torch.no_grad()
+def test_values_that_are_too_large_become_the_largest_number_and_nan_stays() -> None:
+    """The scale of v follows from sampled tokens, so a value of another token may be too large for it."""
+    x = normal(1, 3, 32, seed=0)
+    x[0, 1, :2], x[0, 2, 5] = torch.tensor([1e6, -1e6]), torch.nan
+    out = heads_to_fp8(x, torch.ones(2, device=DEVICE)).flatten(3)[0, 0].float()
+    assert out[1, :2].tolist() == [448, -448] and int(out.isnan().sum()) == 1 and bool(out[2, 5].isnan())
+
+
 def quantized(
     q: Tensor, k: Tensor, v: Tensor, *, centred: bool = True, hadamard: bool = False
 ) -> tuple[Fp8Heads, Tensor]:
