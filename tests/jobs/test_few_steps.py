@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -382,3 +383,19 @@ def test_ranks_regroup_behind_a_gate_and_again_with_from(wanfast: Wanfast, pair:
     assert again.document["output_sha256"] == made.document["output_sha256"]
     ungated = wanfast("generate", "--from", "out.json", "--output", "whole.mp4", "--guidance-gate", "1", "--dry-run")
     assert "cfg 2 x ulysses 1 a video" in ungated.out and "in steps without guidance" not in ungated.out
+
+
+def test_a_note_says_that_other_loras_replace_those_of_the_model(wanfast: Wanfast, workdir: Path) -> None:
+    """The options that the note shows silence it, and so does naming no LoRA."""
+    lora_files.write(workdir / "style.safetensors", {"blocks.0.ffn.0.diff_b": torch.full((640,), 0.1)})
+    style = ("--recipe", "lightning-4", "--lora", "style.safetensors")
+    (note,) = notes_on_loras(planned(wanfast, *style))
+    both = shlex.split(note.partition("to use these too, add ")[2])
+    assert [*both[::2]] == ["--lora-high-noise", "--lora-low-noise"]
+    for options, loras in ((("--recipe", "lightning-4"), 2), ((*style, *both), 3)):
+        plan = planned(wanfast, *options)
+        assert (len(plan["loras"]), notes_on_loras(plan)) == (loras, [])
+
+
+def notes_on_loras(plan: dict[str, Any]) -> list[str]:
+    return [note for note in plan["notes"] if "LoRA" in note]

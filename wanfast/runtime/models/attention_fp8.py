@@ -12,8 +12,8 @@ the same for all tokens of a head, so the ranks of Ulysses add up their sums bef
 Each head has one scale for q, one for k and one for v. RMS norm bounds each vector of q and k, so that the scales of q
 and k follow from the weights of the norm. The bound may be larger than all numbers that occur. This costs no precision,
 because float8 keeps its relative precision down to 1/28,672 of its largest number. For the same reason, the scale of v
-allows for values 64 times as large as the largest one of the sampled tokens; a still larger value would become this
-largest number.
+allows for values that lie 64 times as far from the constant as any value of the sampled tokens. Beyond, a value
+becomes this limit.
 
 Shapes: B batch, L tokens, S sampled tokens, H heads, D head dim, d = H D. Sources: FlashAttention-3 (arXiv 2407.08608)
 section 3.3 for float8 and the Hadamard matrix; DeepSeek-V3 (arXiv 2412.19437) section 3.3.2 for sums on tensor cores.

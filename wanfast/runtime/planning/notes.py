@@ -38,7 +38,7 @@ def notes_of(plan: Plan, files: ModelFiles, image: ImageFacts, last: ImageFacts)
     config, spec = plan.config, plan.spec
     return (
         *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, image, last), *_prompt_notes(plan, files),
-        *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
+        *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models, files.root),
         *_sparsity_notes(plan), *_fp8_notes(plan), *_clip_notes(config.video, spec),
         *_extension_notes(config.video, config.ranks), *_output_notes(plan), *_cpu_notes(plan),
         *_thread_notes(config.ranks, spec), *([spec.weights_note] if spec.weights_note else []),

@@ -9,7 +9,8 @@ This module does not import torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +19,12 @@ from safetensors import safe_open
 
 from wanfast.runtime.config.models import ModelsConfig, parse_lora
 from wanfast.runtime.config.option import flag
+from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import EXPERTS, Expert
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.store.identity import digest_of
+from wanfast.runtime.store.lora_pairs import own_folder
 
 _EXPERTS_OF: Mapping[str, tuple[Expert, ...]] = {
     "lora": ("high_noise", "low_noise"),
@@ -193,15 +196,35 @@ def expert_in(name: str) -> Expert | None:
     return {"high": EXPERTS[0], "low": EXPERTS[1]}[halves.pop()] if len(halves) == 1 else None
 
 
-def lora_notes(models: ModelsConfig) -> list[str]:
-    """Returns a note for the user about each LoRA file with dropped tensors.
+def lora_notes(models: ModelsConfig, root: Path) -> list[str]:
+    """Returns the notes for the user about LoRAs of a run with the model in `root`.
 
-    Tensors for CLIP image features are dropped, because the model has no layers for them.
+    A note names each LoRA file with dropped tensors: those for CLIP image features, because the model has no layers for
+    them. Another note says that the user's LoRAs replace those that the model has for the recipe.
     """
     headers = [(lora, read_header(lora.file, lora.flag)) for lora in loras_of(models)]
-    return [
+    dropped = [
         f"{lora.flag} {lora.file.name}: the tensors for Wan2.1's CLIP image features ({header.num_dropped} in all) "
         "are dropped, because this model has no layers for such features"
         for lora, header in headers
         if header.num_dropped
     ]
+    unused = " ".join(_unused(models, root))
+    if not unused:
+        return dropped
+    whose = f"--recipe {models.recipe}: your LoRAs replace the model's own LoRAs for it"
+    return [*dropped, f"{whose}: to use these too, add {unused}"]
+
+
+def _unused(models: ModelsConfig, root: Path) -> Iterator[str]:
+    """Yields an option with each LoRA that the model in `root` has for the recipe, but that the run does not use.
+
+    An expert whose weights an option names needs no LoRA for the recipe.
+    """
+    if models.recipe is None:
+        return
+    used, folder = {lora.file for lora in loras_of(models)}, own_folder(models.recipe, root)
+    for expert in RECIPES[models.recipe].distilled:
+        file = folder / f"{expert}.safetensors"
+        if not getattr(models, f"{expert}_expert") and file.is_file() and file not in used:
+            yield f"{flag(f'lora_{expert}')} {shlex.quote(str(file))}"
