@@ -5,7 +5,7 @@
 The reports are files of benchmarks/results whose names begin with the number and the kind of GPUs: bench-1xh100,
 bench-4xh100, bench-8xh100, or the same with h200. Each one is the document that `wanfast bench --recipes published,ours
 --num-gpus 4 --fit crop --json` prints last. If several of one beginning have a recipe, the last one counts, by the
-order of their names. Only reports of the published videos are taken: the A14B, 1280x720, 81 frames, 40 steps. Each
+order of their names; whole videos count before an estimate from few steps. Only reports of the published videos are taken: the A14B, 1280x720, 81 frames, 40 steps. Each
 number of GPUs that was measured has a column, of one kind of GPU: the kind that has reports of the most numbers, and of
 two that have as many an H100. The last column projects the seconds of four GPUs to eight of that kind, by the model of
 docs/projection.md. A cell without a measurement is a dash, and the legend says why. A test writes the table again.
@@ -80,13 +80,18 @@ def table(results: Path) -> dict[str, Any]:
                 if (row := rows.get(measured["recipe"])) is None:
                     continue  # a recipe of few steps, which has no line here
                 known, new = row["on"][str(count)], _figures(measured, count)
-                if new["video_s"] is not None or known["video_s"] is None:
+                if _worth(new) >= _worth(known):
                     row["on"][str(count)] = new | {"file": file.name}
                     if count == PROJECTED and new["video_s"] is not None:
                         row["projected_8_s"] = _projected_8_s(measured, report, found)
     gpus = {str(count): gpu for count, gpu in columns.items()}
     errors = {"gpu": found.kind.upper(), "error_on_4": found.error_on(4), "error_on_8": found.error_on(8)}
     return {"gpus": gpus, "projection": errors, "rows": rows}
+
+
+def _worth(figures: dict[str, Any]) -> int:
+    """Returns 2 for the seconds of whole videos, 1 for seconds estimated from few steps, 0 for none."""
+    return 0 if figures["video_s"] is None else 2 - figures["estimated"]
 
 
 def _columns(results: Path) -> dict[int, str]:

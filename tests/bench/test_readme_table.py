@@ -104,6 +104,13 @@ def test_the_last_report_counts_and_a_failure_hides_no_measurement(results: Path
     assert (rows["fa3"]["video_s"], rows["fa3"]["why"]) == (301.5, None)
 
 
+def test_an_estimate_never_replaces_whole_videos(results: Path) -> None:
+    write(results, "bench-4xh100", report(row("exact", 203.0), row("fa3", 300.0, estimated="a few")))
+    write(results, "bench-4xh100-few", report(row("exact", 1.0, estimated="a few"), row("fa3", 290.0)))
+    rows = {name: row["on"]["4"] for name, row in readme_table.table(results)["rows"].items()}
+    assert (rows["exact"]["video_s"], rows["fa3"]["video_s"]) == (204.5, 291.5)
+
+
 def test_each_measured_number_of_gpus_has_a_column(results: Path) -> None:
     """The kind with the most numbers of GPUs comes first, and only what it lacks is of the other kind."""
     write(results, "bench-1xh200", report(row("baseline", 1600.0), on="1 x H200"))
