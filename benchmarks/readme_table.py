@@ -5,10 +5,11 @@
 The reports are files of benchmarks/results whose names begin with the number and the kind of GPUs: bench-1xh100,
 bench-4xh100, bench-8xh100, or the same with h200. Each one is the document that `wanfast bench --recipes published,ours
 --num-gpus 4 --fit crop --json` prints last. If several of one beginning have a recipe, the last one counts, by the
-order of their names; whole videos count before an estimate from few steps. Only reports of the published videos are taken: the A14B, 1280x720, 81 frames, 40 steps. Each
-number of GPUs that was measured has a column, of one kind of GPU: the kind that has reports of the most numbers, and of
-two that have as many an H100. The last column projects the seconds of four GPUs to eight of that kind, by the model of
-docs/projection.md. A cell without a measurement is a dash, and the legend says why. A test writes the table again.
+order of their names; whole videos count before an estimate from few steps. Only reports of the published videos are
+taken: the A14B, 1280x720, 81 frames, 40 steps. Each number of GPUs that was measured has a column, of one kind of GPU:
+the kind that has reports of the most numbers, and of two that have as many an H100. The last column projects the
+seconds of four GPUs to eight of that kind, by the model of docs/projection.md. A cell without a measurement is a dash,
+and the legend says why. A test writes the table again.
 """
 
 from __future__ import annotations
