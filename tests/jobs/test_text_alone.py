@@ -212,7 +212,7 @@ def test_bench_measures_it(wanfast: Wanfast, small_text_model: Path) -> None:
     report = outcome.document
     baseline, between = report["rows"]
     assert baseline["status"] == "measured" and baseline["published_s"] is None
-    assert [list(clip) for clip in report["clips"]] == [["prompt", "seed"]] * 2
+    assert [list(clip) for clip in report["clips"]] == [["prompt", "seed", "video_size"]] * 2
     assert between["status"] == "not available" and "is for models that start from an image" in between["reason"]
 
 

@@ -147,7 +147,7 @@ def test_a_page_is_used_by_the_keyboard_alone(server: Running, page: Page) -> No
     page.locator(":focus").set_input_files(STAR)
     assert [tab(), tab()] == ["last_image", "prompt"]
     page.keyboard.type("by keys")
-    assert [tab(), tab()] == ["the server's own", "Settings"]
+    assert [tab(), tab()] == ["the server's own\nlightning-4\nhybrid", "Settings"]
     page.keyboard.press("Enter")
     names = ["negative_prompt", "size", "num_frames", "seconds", "fps", "num_inference_steps", "guidance_scale",
              "guidance_scale_2", "flow_shift", "seed", "priority"]  # fmt: skip
