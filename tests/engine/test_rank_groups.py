@@ -206,6 +206,21 @@ def test_umt5_is_sharded_where_asked(planned: tuple[Plan, ModelFiles], monkeypat
     assert on_ranks(Mesh(cfg=2), lambda ranks: work(ranks, "off")) == [[False]] * 2
 
 
+@pytest.mark.parametrize("t5_fsdp", ["on", "off"])
+def test_ranks_that_store_no_texts_all_get_them(planned: tuple[Plan, ModelFiles], t5_fsdp: str) -> None:
+    plan, files = planned
+    config = plan.config.replace(t5_fsdp=t5_fsdp)
+    texts = ["one", "two", "three"]
+
+    def work(ranks: Ranks) -> tuple[list[float], set[str]]:
+        found = prompt_embeds.prompt_embeds(texts, files, config, ranks, Stopwatch("cpu"), most=1, stores=False)
+        return [float(found.embeds[text].sum()) for text in texts], found.unstored
+
+    first, second = on_ranks(Mesh(ulysses=2), work)
+    assert first == second and first[1] == {*texts}
+    assert not Path(config.models.artifacts_dir, "prompt_embeds").exists()
+
+
 @torch.inference_mode()
 def test_offloaded_experts_leave_the_device_to_the_decoder(
     planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch

@@ -160,7 +160,7 @@ def test_embeddings_that_cannot_be_stored_are_held_until_no_line_needs_them() ->
 def test_a_session_holds_the_texts_that_were_used_last(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server gives each video as a list of one."""
     loader = Loader()
-    monkeypatch.setattr(session_module, "prompt_embeds", lambda texts, *others: loader(texts, others[-1]))
+    monkeypatch.setattr(session_module, "prompt_embeds", lambda texts, *others, stores: loader(texts, others[-1]))
     session = Session.open(job_of().config, Ranks("cpu"))
     for texts in clips_of(100):
         session.encode([texts])
@@ -173,9 +173,9 @@ def test_a_list_asks_for_its_texts_clip_by_clip(workdir: Path, monkeypatch: pyte
     monkeypatch.setattr(held_texts, "MOST", 3)
     encode = session_module.prompt_embeds
 
-    def noted(texts: list[str], *others: Any) -> Encoded:
+    def noted(texts: list[str], *others: Any, **named: Any) -> Encoded:
         asked.append(list(texts))
-        return encode(texts, *others)
+        return encode(texts, *others, **named)
 
     monkeypatch.setattr(session_module, "prompt_embeds", noted)
     prompts = ["a", ["b", "c"], "d", "a"]
@@ -213,6 +213,23 @@ def test_texts_that_are_not_stored_are_returned(workdir: Path, capsys: pytest.Ca
     assert capsys.readouterr().err.count("40 of 40 texts are not stored") == 1
 
 
+def test_a_session_that_stores_no_texts_encodes_each_once_and_uses_stored_ones(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoded(["negative"])
+    before = sorted((workdir / "artifacts/prompt_embeds").rglob("*"))
+    made: list[str] = []
+    encode = prompt_embeds._encode
+    monkeypatch.setattr(prompt_embeds, "_encode", lambda tokens, *a: made.extend(tokens) or encode(tokens, *a))
+    sessions = Sessions(Ranks("cpu"), stores_texts=False)
+    texts = [f"line {number}" for number in range(MOST + 8)]
+    make([job_of(prompt=text, negative_prompt="negative") for text in texts], sessions)
+    make([job_of(prompt=texts[-1], negative_prompt="negative")], sessions)  # is still held
+    assert made == texts
+    assert sorted((workdir / "artifacts/prompt_embeds").rglob("*")) == before
+    assert "not stored" not in capsys.readouterr().err
+
+
 def test_a_text_that_is_not_finite_costs_no_other_text(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = prompt_embeds._encode
 
@@ -245,10 +262,10 @@ def test_a_text_that_fails_leaves_the_models_loaded_unless_memory_ran_out(
     load, encode = session_module.load_models, session_module.prompt_embeds
     monkeypatch.setattr(session_module, "load_models", lambda *a: loaded.append(1) or load(*a))
 
-    def failing(texts: list[str], *others: Any) -> Encoded:
+    def failing(texts: list[str], *others: Any, **named: Any) -> Encoded:
         if "bad" in texts:
             raise error("no embedding")
-        return encode(texts, *others)
+        return encode(texts, *others, **named)
 
     monkeypatch.setattr(session_module, "prompt_embeds", failing)
     sessions = Sessions(Ranks("cpu"))

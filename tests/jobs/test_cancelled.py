@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,27 @@ def test_a_rank_looks_for_the_cancel_file_at_every_report(
     document = {"first": 0, "jobs": [], "worker": "any"}
     with pytest.raises(CancelledError):
         worker._do_batch(tmp_path, 0, tmp_path / "ranks/0-0", 7, document, Sessions(Ranks("cpu")), groups=1)
+
+
+def test_no_rank_begins_a_batch_before_all_have_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that was cancelled at once may end early, and then its file is removed."""
+    seen: list[bool] = []
+
+    def running(*arguments: Any, **named: Any) -> Iterator[None]:
+        seen.append((tmp_path / "read").exists())
+        yield from ()
+
+    monkeypatch.setattr(worker, "worker_half", lambda name: running)
+    document = {"first": 0, "jobs": [], "worker": "any"}
+
+    def work(ranks: Ranks) -> list[bool]:
+        if ranks.rank == 7:
+            time.sleep(0.5)
+            (tmp_path / "read").touch()
+        worker._do_batch(tmp_path, 0, tmp_path / "ranks", 0, document, Sessions(ranks), groups=1)
+        return seen
+
+    assert on_ranks(Mesh(ulysses=8), work) == [[True]] * 8
 
 
 def test_experts_are_evicted_only_where_the_text_encoder_is_about_to_load(

@@ -335,7 +335,7 @@ def test_terminated_leaves_nothing_and_exits_143(workdir: Path) -> None:
 
 @pytest.mark.parametrize("where", ["load_models", "prompt_embeds"])
 def test_weights_that_do_not_fit_are_said(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    monkeypatch.setattr(session, where, lambda *arguments: torch.empty(1 << 60))
+    monkeypatch.setattr(session, where, lambda *arguments, **named: torch.empty(1 << 60))
     outcome = wanfast(*GOOD)
     assert outcome.exit_code == 2 and "--precision bf16: the weights do not fit into memory: end other" in outcome.err
 

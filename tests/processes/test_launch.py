@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -501,6 +502,22 @@ def test_a_long_run_keeps_only_the_files_of_its_last_batch(tmp_path: Path, livin
             ranks.run("w", [{}], [], **IGNORED)
         left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
     assert left == {"setup.json", "job-0003.json", "results/3.json", "claims/3", "frames/3.npy"}
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError, KeyboardInterrupt])
+def test_a_run_that_stores_no_texts_keeps_no_batch(
+    tmp_path: Path, living_launchers: list[Living], error: type[BaseException] | None
+) -> None:
+    def ends(*result: object) -> None:
+        if error is not None:
+            raise error
+
+    with launch.RankGroups(tmp_path, effective_config().ranks, 1, stores_texts=False) as ranks:
+        with_result(tmp_path, 0)
+        with pytest.raises(error) if error else nullcontext():
+            ranks.run("w", [{}], [], on_result=ends, on_progress=lambda *state: None)
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
+    assert left == {"setup.json"} and json.loads((tmp_path / "setup.json").read_text())["stores_texts"] is False
 
 
 @pytest.mark.parametrize(("error", "ends"), [(ZeroDivisionError, False), (KeyboardInterrupt, True)])

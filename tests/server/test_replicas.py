@@ -81,6 +81,19 @@ def test_a_replica_is_a_whole_server_with_loaded_models(workdir: Path, makers: l
         server.check_health()
 
 
+def test_a_replica_stores_no_text(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Noted(StandIn):
+        def __init__(self, opened: Opened, **named: Any) -> None:
+            super().__init__(opened)
+            asked.append(named)
+
+    monkeypatch.setattr(serve, "Handle", Noted)
+    replica(workdir).__del__()
+    assert asked == [{"stores_texts": False}]
+
+
 def test_a_replica_that_ends_queues_its_video_again(workdir: Path, makers: list[StandIn]) -> None:
     server = replica(workdir)
     makers[0].holds.set()

@@ -278,6 +278,18 @@ def test_a_video_between_two_images_is_that_of_generate(
     assert tiny.answer("GET", f"/v1/videos/{video}/content").body == (workdir / "between.mp4").read_bytes()
 
 
+def test_the_text_of_a_video_is_nowhere_but_in_the_data_folder(tiny: Process) -> None:
+    prompt = "an unmistakable star"
+    assert tiny.ended(tiny.create("text", 3, prompt=prompt))["status"] == "completed"
+    until(lambda: files_with(tiny.folder / "data", prompt))
+    assert not files_with(tiny.folder / "artifacts", prompt)
+
+
+def files_with(folder: Path, text: str) -> list[Path]:
+    """Returns the files below a folder that hold a text."""
+    return [file for file in folder.rglob("*") if file.is_file() and text.encode() in file.read_bytes()]
+
+
 def test_a_video_whose_rank_is_killed_is_made_all_the_same(tiny: Process) -> None:
     videos = [tiny.create(f"killed {seed}", seed) for seed in range(3)]
     until(lambda: tiny.answer("GET", f"/v1/videos/{videos[0]}").document["status"] == "in_progress")

@@ -33,8 +33,17 @@ from wanfast.server.worker import Worker
 _CLOSING_S = 5  # connections get this long to end
 
 
+def started(opened: Opened) -> Handle:
+    """Starts the ranks of a server, which store no text: a client that deletes a video deletes its prompt too."""
+    return Handle(opened, stores_texts=False)
+
+
 def serve(
-    settings: ServerSettings, opened: Opened, defaults: Mapping[str, Any], *, start: Callable[[Opened], Handle] = Handle
+    settings: ServerSettings,
+    opened: Opened,
+    defaults: Mapping[str, Any],
+    *,
+    start: Callable[[Opened], Handle] = started,
 ) -> None:
     """Runs the server until SIGTERM or SIGINT.
 
@@ -77,7 +86,7 @@ def parts_of(
     keys: Keys,
     opened: Opened,
     defaults: Mapping[str, Any],
-    start: Callable[[Opened], Handle] = Handle,
+    start: Callable[[Opened], Handle] = started,
 ) -> Iterator[Parts]:
     """Opens the queue, starts the ranks, and yields `Parts`: the objects that the HTTP routes use.
 

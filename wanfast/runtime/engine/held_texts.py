@@ -10,19 +10,19 @@ from torch import Tensor
 
 from wanfast.runtime.engine.prompt_embeds import Encoded
 
-MOST = 32  # embeddings that are held, 8 MB each at most; the store has the others
+MOST = 32  # embeddings that are held, 8 MB each at most; the store may have the others
 
 
 class HeldTexts:
     """Holds up to MOST text embeddings: those that the next clips need, and the last used ones if there is room.
 
     The method `expect` gets the list of clips. The next clips are the clips of this list that are not made yet. An
-    embedding that could not be stored on disk is held until no next clip needs it, even if more than MOST embeddings
+    embedding that is not stored on disk is held until no next clip needs it, even if more than MOST embeddings
     are then held.
     """
 
     def __init__(self, load: Callable[[list[str], int], Encoded]) -> None:
-        """`load(texts, most)` encodes and stores new texts, and returns the embeddings of the first `most` of them."""
+        """`load(texts, most)` makes embeddings; it returns those of the first `most` texts, and all unstored ones."""
         self._load = load
         self._held: dict[str, Tensor] = {}  # the last used come last
         self._unstored: set[str] = set()

@@ -41,10 +41,10 @@ _CODE = (
 
 
 class Encoded(NamedTuple):
-    """This class holds embeddings; it also names texts whose embeddings could not be stored or are not finite."""
+    """This class holds embeddings; it also names texts whose embeddings are not stored or are not finite."""
 
     embeds: dict[str, Tensor]  # {text: embedding [n, text_dim]} on the CPU; n is the text's number of tokens
-    unstored: set[str]  # those texts of `embeds` that could not be stored
+    unstored: set[str]  # those texts of `embeds` that are not stored
     not_finite: list[str]  # the texts whose embeddings hold NaN or an infinity; these are neither returned nor stored
 
 
@@ -56,11 +56,13 @@ def prompt_embeds(
     loads: Stopwatch,
     before_load: Callable[[], None] = lambda: None,
     most: int | None = None,
+    *,
+    stores: bool = True,
 ) -> Encoded:
-    """Returns the embeddings of `texts` on every rank; first encodes and stores the embeddings that are not stored yet.
+    """Returns the embeddings of `texts` on every rank; first encodes the texts whose embeddings are not stored yet.
 
-    If `most` is given, returns the embeddings of the first `most` texts, and of later texts only those embeddings that
-    could not be stored.
+    New embeddings are stored if `stores` is true. If `most` is given, returns the embeddings of the first `most` texts,
+    and of later texts only those embeddings that are not stored.
     The texts to encode are divided among the ranks. A rank with such texts calls `before_load`, loads UMT5, encodes its
     texts, and frees UMT5. The seconds of loading are added to `loads`. With `--t5-fsdp on`, the ranks share one sharded
     UMT5, and encode every text together.
@@ -79,9 +81,9 @@ def prompt_embeds(
     for encoded in _encoded(unknown, files, config, ranks, loads, before_load):
         finite = {text: tensor for text, tensor in encoded.items() if all_finite(tensor)}
         not_finite += [text for text in encoded if text not in finite]
-        failed = ranks.lead(partial(_publish, store, finite, inputs, stored, errors))
-        unstored |= failed
-        embeds |= {text: tensor for text, tensor in finite.items() if text in first or text in failed}
+        lost = ranks.lead(partial(_publish, store, finite, inputs, stored, errors)) if stores else {*finite}
+        unstored |= lost
+        embeds |= {text: tensor for text, tensor in finite.items() if text in first or text in lost}
     if errors:
         note(f"{errors[0]}: {len(errors)} of {len(unknown)} texts are not stored; a later video encodes them again")
     return Encoded(embeds, unstored, not_finite)

@@ -73,9 +73,9 @@ class Made:
 class Session:
     """A session holds the loaded models of one `config`; all videos of the session use these models."""
 
-    def __init__(self, config: EffectiveConfig, ranks: Ranks, files: ModelFiles) -> None:
+    def __init__(self, config: EffectiveConfig, ranks: Ranks, files: ModelFiles, *, stores_texts: bool = True) -> None:
         """Stores the arguments and loads nothing; call `open` instead."""
-        self.config, self.ranks, self.files = config, ranks, files
+        self.config, self.ranks, self.files, self._stores_texts = config, ranks, files, stores_texts
         self.watch = Stopwatch(ranks.device)  # seconds of each stage since the last video
         self._loads = Stopwatch(ranks.device)  # seconds of each component since the last video
         self._texts = HeldTexts(self._embeddings)
@@ -84,15 +84,16 @@ class Session:
         self._compile_caches: dict[str, str | None] = {}  # what `load_caches` returned, by the key that it looked for
 
     @classmethod
-    def open(cls, config: EffectiveConfig, ranks: Ranks) -> Session:
+    def open(cls, config: EffectiveConfig, ranks: Ranks, *, stores_texts: bool = True) -> Session:
         """Returns a new session: prepares the device and finds the model's files, but loads no model yet.
 
-        If one rank finds an error, all ranks raise WanFastError.
+        `stores_texts`: whether the embeddings of new texts are stored as artifacts. If one rank finds an error, all
+        ranks raise WanFastError.
         """
         ranks.together(lambda: hardware.prepare(config.ranks.device, config.models.precision, config.models.tf32))
         files = ranks.together(lambda: model_files.locate_for(config.models))
         hardware.use_few_threads(ranks.device, files.spec.dit.dim)
-        return cls(config, ranks, files)
+        return cls(config, ranks, files, stores_texts=stores_texts)
 
     @hardware.one_out_of_memory_error()
     def encode(self, clips: Iterable[tuple[str, ...]]) -> None:
@@ -262,7 +263,10 @@ class Session:
 
     def _embeddings(self, texts: list[str], most: int) -> Encoded:
         with self.watch.span("text"):
-            return prompt_embeds(texts, self.files, self.config, self.ranks, self._loads, self._free_for_umt5, most)
+            return prompt_embeds(
+                texts, self.files, self.config, self.ranks, self._loads, self._free_for_umt5, most,
+                stores=self._stores_texts,
+            )  # fmt: skip
 
     def _require_finite(self, not_finite: set[str]) -> None:
         for text in sorted(not_finite):
@@ -310,8 +314,9 @@ class Session:
 class Sessions:
     """This class holds the open session of a rank, and replaces it if a job needs other models."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, *, stores_texts: bool = True) -> None:
+        """`stores_texts`: whether the sessions store the embeddings of new texts as artifacts."""
+        self.ranks, self._stores_texts = ranks, stores_texts
         self._open: Session | None = None
 
     @property
@@ -327,7 +332,7 @@ class Sessions:
         """
         if self._open is None or without_loras(self._open.config.models) != without_loras(config.models):
             self.close()
-            self._open = Session.open(config, self.ranks)
+            self._open = Session.open(config, self.ranks, stores_texts=self._stores_texts)
         self._open.use_loras(config.models)
         return self._open
 

@@ -222,14 +222,18 @@ class Handle:
     At the end, call the handle's `close`. Or use the handle in a `with` block, which closes the handle at its end.
     """
 
-    def __init__(self, opened: Opened) -> None:
-        """Starts the ranks; they become ready while the first video is planned. Raises ConfigError."""
+    def __init__(self, opened: Opened, *, stores_texts: bool = True) -> None:
+        """Starts the ranks; they become ready while the first video is planned. Raises ConfigError.
+
+        `stores_texts`: whether texts of videos stay on disk, in stored embeddings and in the run folder. If false, a
+        text is encoded again if it is not among the last 32 texts.
+        """
         config = opened.placed.config
         self._opened, self._lock = opened, threading.Lock()
         self._calls: set[threading.Event] = set()  # one for each `make` that has begun; set: it is cancelled
         self._owner: int | None = None  # the thread that holds the lock
         self._folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": "open", **opened.asked})
-        self._ranks: RankGroups | None = RankGroups(self._folder, config.ranks, groups=1)
+        self._ranks: RankGroups | None = RankGroups(self._folder, config.ranks, groups=1, stores_texts=stores_texts)
         self._unclosed = weakref.finalize(self, self._ranks.stop)  # if nobody closes the handle
 
     def make(
@@ -296,7 +300,7 @@ class Handle:
             )
             if "error" in result:
                 raise from_failure(result)
-            Path(result.pop("frames")).unlink()
+            Path(result.pop("frames")).unlink(missing_ok=True)
             return Video(arriving.frames, result)
 
     @contextmanager

@@ -89,10 +89,14 @@ class RankGroups:
     `with` block ends, no launcher and no rank is left.
     """
 
-    def __init__(self, run_folder: Path, ranks: RanksConfig, groups: int) -> None:
-        """Starts the launchers, and does not wait until the ranks are ready. Raises ConfigError."""
+    def __init__(self, run_folder: Path, ranks: RanksConfig, groups: int, *, stores_texts: bool = True) -> None:
+        """Starts the launchers, and does not wait until the ranks are ready. Raises ConfigError.
+
+        `stores_texts`: whether the texts of jobs stay on disk. If false, the ranks store no embedding of a text, and
+        the files of a batch are removed when the batch ends.
+        """
         _check_endpoint(ranks)
-        self._folder, self._ranks, self._groups = run_folder, ranks, groups
+        self._folder, self._ranks, self._groups, self._stores_texts = run_folder, ranks, groups, stores_texts
         self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # place -> its newest launcher
         self._numbers: dict[int, int] = {}  # place -> the number of its group, which grows with each restart
         self._failed_loads: Counter[str] = Counter()  # models -> groups that died while loading them
@@ -105,7 +109,7 @@ class RankGroups:
         self._sent: list[_Batch] = []  # those whose files exist
         # A launcher dies with the thread that started it, and a caller's thread may end before the ranks.
         self._starter = ThreadPoolExecutor(1)
-        document = {"ranks": dataclasses.asdict(ranks), "groups": groups}
+        document = {"ranks": dataclasses.asdict(ranks), "groups": groups, "stores_texts": stores_texts}
         write_synced(run_folder / SETUP, json.dumps(document, indent=2) + "\n")
         with writing_to(run_folder):
             (run_folder / "logs").mkdir(exist_ok=True)
@@ -166,6 +170,8 @@ class RankGroups:
             raise
         finally:
             self._remove_partials(batch, self._dead())
+            if not self._stores_texts:
+                self._remove_sent()
         return results
 
     @property
@@ -204,13 +210,17 @@ class RankGroups:
         batch = _Batch(number, indices, tuple(outputs), tuple(models))
         text = json.dumps({**document, "first": first}, indent=2, ensure_ascii=False) + "\n"
         replace_text(self._folder / batch_file(number), text)  # a batch that is not written has no number
-        if self._groups == 1:  # of several groups, one may not have read a batch that is complete
-            for old in self._sent:
-                old.remove(self._folder)
-            self._sent = []
+        self._remove_sent()
         self._sent.append(batch)
         self._batches, self._jobs = number + 1, batch.indices.stop
         return batch
+
+    def _remove_sent(self) -> None:
+        """Removes the files of the complete batches."""
+        if self._groups == 1:  # of several groups, one may not have read a batch that is complete
+            for batch in self._sent:
+                batch.remove(self._folder)
+            self._sent = []
 
     def _watch(
         self,

@@ -128,7 +128,7 @@ def _work(run_folder: Path, number: int, own_folder: Path) -> None:
     config = RanksConfig(**setup["ranks"])
     mesh = dataclasses.replace(config.mesh, replica=1)  # of this rank's group
     ranks = join(config.device, mesh, config.rank_timeout)
-    sessions = Sessions(ranks)
+    sessions = Sessions(ranks, stores_texts=setup["stores_texts"])
     for batch, document in _batches(run_folder):
         _do_batch(run_folder, number, own_folder, batch, document, sessions, setup["groups"])
     ranks.gather(
@@ -162,6 +162,7 @@ def _do_batch(
     ranks, first = sessions.ranks, document["first"]
     # All machines run the jobs of the first machine, including its seeds.
     jobs = ranks.lead(lambda: document["jobs"])
+    ranks.gather(None)  # now every rank has read the file, which the parent may remove after the last result
     last: tuple[int, str, int] | None = None
 
     def claim(index: int) -> bool:
