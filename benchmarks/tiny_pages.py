@@ -315,7 +315,7 @@ def gates(results: Results) -> list[str]:
     for k, row in enumerate(measured):
         share = results.shown(name, f"gates_and_hybrid/{k}/skipped_share", ".1f %", 100)
         rows.append([row["settings"], share, row["plan"], _cost(results, f"gates_and_hybrid/{k}")])
-    head = ["settings", "forwards saved", "plan of skips", "PSNR, SSIM, prompts followed"]
+    head = ["settings", "forwards saved, of 80", "plan of skips", "PSNR, SSIM, prompts followed"]
     return [*table(head, rows), "", *results.footnote("gates", name)]
 
 

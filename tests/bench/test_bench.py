@@ -204,6 +204,24 @@ def test_a_bench_takes_attention_in_float8(wanfast: Wanfast, clips: Path) -> Non
     assert row["estimated"].endswith("; attention in float8: 1 of 2 steps, 33 % of the whole video")
 
 
+def test_random_weights_of_a_large_model_are_not_written_without_a_gpu(
+    wanfast: Wanfast, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are 40 GB, and only then a plan would say that they do not fit; with --device the user decides."""
+    monkeypatch.setattr(bench_command, "with_random_weights", lambda *given: pytest.fail("were written"))
+    outcome = wanfast("bench", "--set", str(clips), "--recipes", "exact", "--random-weights")
+    assert outcome.exit_code == 2
+    assert "error: --random-weights: no GPU was found, and Wan2.2-I2V-A14B needs one: " in outcome.err
+
+
+def test_one_repeat_shows_no_spread(wanfast: Wanfast, clips: Path) -> None:
+    few = ("--recipes", "exact", "--steps-measured", "2")
+    for repeats, shown in (("1", False), ("2", True)):
+        outcome = wanfast(*BENCH, *few, "--repeats", repeats)
+        assert outcome.exit_code == 0, outcome.err
+        assert ("±" in outcome.err) is shown
+
+
 def test_a_distilled_recipe_without_weights_is_a_row_with_the_reason(clips: Path, tmp_path: Path) -> None:
     given = SMALL | {"model": str(lora_files.tiny_without_loras(tmp_path))}
     bench = bench_of(clips, "exact", "lightning-4", given=given)
@@ -302,7 +320,7 @@ def test_a_report_holds_rows_pictures_and_videos(
 
 def test_a_ratio_within_the_spread_is_unclear() -> None:
     def of(median: float, spread: float) -> dict[str, float]:
-        return {"median": median, "spread": spread}
+        return {"median": median, "spread": spread, "of": 2}
 
     assert figures._is_unclear(of(9.8, 0.1), of(10.0, 0.3)) and figures._is_unclear(of(9.8, 0.3), of(10.0, 0.1))
     assert not figures._is_unclear(of(9.0, 0.3), of(10.0, 0.3)) and not figures._is_unclear(
@@ -312,7 +330,7 @@ def test_a_ratio_within_the_spread_is_unclear() -> None:
 
 def test_the_terminal_shows_what_replaced_options_and_which_ratios_are_unclear() -> None:
     figures_of = {
-        "status": "measured", "video_s": {"median": 10.0, "spread": 0.2}, "ratio": 1.0, "ratio_unclear": False,
+        "status": "measured", "video_s": {"median": 10.0, "spread": 0.2, "of": 2}, "ratio": 1.0, "ratio_unclear": False,
         "forwards": {"computed": 6, "of": 6}, "peak_memory_bytes": 1e9, "estimated": None, "quality": None,
         "reason": None, "overridden": [], "attention": "flash",
     }  # fmt: skip

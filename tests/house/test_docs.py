@@ -39,6 +39,7 @@ from tests.media.test_earlier_video import write as write_video
 from wanfast.cli import app
 from wanfast.runtime.config.option import words as words_of
 from wanfast.runtime.config.recipes import RECIPES
+from wanfast.runtime.store.lora_pairs import PAIRS, folder_of
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands
@@ -166,7 +167,10 @@ def _files_of_examples(workdir: Path, wanfast: Wanfast) -> None:
     (workdir / "out").mkdir()
     for example in (ROOT / "wanfast/assets/examples").iterdir():
         shutil.copy(example, workdir)
-    for lora in ("motion", "high_noise_model", "low_noise_model"):
+    pair = folder_of("lightning-seko-v1", Path("artifacts"))
+    downloaded = [str(pair / file.removesuffix(".safetensors")) for file in PAIRS["lightning-seko-v1"].files.values()]
+    for lora in ("motion", "high_noise_model", "low_noise_model", *downloaded):
+        (workdir / lora).parent.mkdir(parents=True, exist_ok=True)
         lora_files.write(workdir / f"{lora}.safetensors", {"blocks.0.ffn.0.diff_b": torch.zeros(1)})
     for half in ("high", "low"):
         for expert in (f"wan2.2_i2v_{half}_noise_14B_fp16", f"{half}_noise_fp8"):

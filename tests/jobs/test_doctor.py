@@ -479,6 +479,21 @@ def test_a_kernel_runs_only_if_its_numbers_are_right(
     assert line.removeprefix("  fa3").strip().startswith(said)
 
 
+def test_an_installed_kernel_without_code_for_a_cpu_does_not_fail(
+    wanfast: Wanfast, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch then raises an error with more than a thousand letters."""
+    machine()
+
+    def for_gpus(*tensors: torch.Tensor, **options: Any) -> None:
+        raise NotImplementedError("Could not run 'fa3_fwd::fwd' with arguments from the 'CPU' backend. This could be")
+
+    module = ModuleType("fa3_fwd_interface")
+    module.__spec__, module._flash_attn_forward = ModuleSpec("fa3_fwd_interface", None), for_gpus
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", module)
+    assert "  fa3, fa4, fa2  only on a GPU" in wanfast("doctor", "--model", "tiny").out
+
+
 def test_packages_that_share_a_folder_are_distinguished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention-4 makes `flash_attn` importable, also if FlashAttention-2 is not installed."""
     (tmp_path / "flash_attn/cute").mkdir(parents=True)

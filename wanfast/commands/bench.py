@@ -20,7 +20,7 @@ from wanfast.bench.measure import measure, missing
 from wanfast.bench.output import check_folder, with_random_weights, write_report
 from wanfast.commands import options
 from wanfast.magcache_calib.clips import Clip, read_set
-from wanfast.runtime.config import NO_VIDEO, accepted
+from wanfast.runtime.config import NO_VIDEO, Options, accepted
 from wanfast.runtime.config.option import FILES, MAKE, absolute
 from wanfast.runtime.errors import ConfigError, JobsFailedError
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -28,7 +28,9 @@ from wanfast.runtime.machine.launchers import refuse_launchers
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.machine.packages import install
 from wanfast.runtime.planning.completed import model_of
+from wanfast.runtime.planning.devices import default_device
 from wanfast.runtime.store.artifacts import writing_to
+from wanfast.runtime.store.model_files import ModelFiles
 
 _EXAMPLES = Path(__file__).parents[1] / "assets/examples"
 _EXAMPLES_LIST, _TEXTS_LIST = "jobs.jsonl", "texts.jsonl"
@@ -112,6 +114,7 @@ def bench(
             if find_spec(package) is None:
                 raise ConfigError(f"the report needs {package}: run `{install('bench')}`")
         if random_weights:
+            _require_gpu(given, files)
             given, files = with_random_weights(given, files, say)
             asked = dataclasses.replace(asked, given=given, files=files)
         files.require()
@@ -140,6 +143,15 @@ def bench(
         raise JobsFailedError(f"--recipes: {', '.join(errors)} failed: fix the errors that are printed above")
 
 
+def _require_gpu(given: Options, files: ModelFiles) -> None:
+    """Raises ConfigError, before random weights are written, if they need a GPU and this machine shows none."""
+    if "device" not in given and files.spec.needs_gpu and default_device() == "cpu":
+        raise ConfigError(
+            f"--random-weights: no GPU was found, and {files.spec.name} needs one: run this command on the "
+            "machine with the GPUs, or add --model tiny"
+        )
+
+
 def _no_quality(random_weights: bool, steps_measured: int | None) -> str:
     """Returns why the videos are not compared; returns "" if they are compared."""
     if random_weights:
@@ -165,7 +177,9 @@ def table_of(report: dict[str, Any]) -> Table:
         psnr = "" if quality is None else "identical" if quality["identical"] else f"{quality['psnr']:.1f} dB"
         table.add_row(
             row["recipe"],
-            f"{seconds['median']:.2f} ± {seconds['spread']:.2f}" + (" (estimated)" if row["estimated"] else ""),
+            f"{seconds['median']:.2f}"
+            + (f" ± {seconds['spread']:.2f}" if seconds["of"] > 1 else "")
+            + (" (estimated)" if row["estimated"] else ""),
             (f"{row['ratio']:.3f}" if row["ratio"] else "") + (" ?" if row["ratio_unclear"] else ""),
             f"{forwards['computed']:g} of {forwards['of']}",
             f"{row['peak_memory_bytes'] / 1e9:.2f} GB",

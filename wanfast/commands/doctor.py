@@ -96,7 +96,8 @@ def _software(document: dict[str, Any]) -> _Rows:
 
 
 def _attention(kernels: dict[str, Any], device: str | None) -> _Rows:
-    for_gpus = [name for name, found in kernels.items() if device == "cpu" and found["state"] == "not installed"]
+    not_here = ("not installed", "needs a GPU") if device == "cpu" else ()
+    for_gpus = [name for name, found in kernels.items() if found["state"] in not_here]
     rows = [
         (
             name,

@@ -41,6 +41,7 @@ OF_MEASUREMENT = (
     "last_image",
 )  # fmt: skip
 
+_MOST_SHOWN = 60  # characters of a value that a message shows
 _PROMPTS = ("prompt", "negative_prompt")  # they are cleaned of control characters
 
 Options = Mapping[str, Any]  # option name -> value
@@ -134,7 +135,8 @@ class OptionField:
             if isinstance(each, str):
                 _check_text(self.name, each)
             if each is not None and self.option.check is not None and (fix := self.option.check(each)):
-                raise ConfigError(f"{self.flag} {each!s:.20}: {fix}")
+                shown = str(each) if len(str(each)) <= _MOST_SHOWN else f"{each!s:.{_MOST_SHOWN - 3}}..."
+                raise ConfigError(f"{self.flag} {shown}: {fix}")
 
 
 def options_of(part: Any) -> dict[str, OptionField]:

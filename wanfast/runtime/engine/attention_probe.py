@@ -46,7 +46,7 @@ class Finding:
     Otherwise `reason` says why the kernel does not run.
     """
 
-    state: Literal["runs", "not installed", "fails"]
+    state: Literal["runs", "not installed", "needs a GPU", "fails"]
     relative_error: float | None = None  # None if the kernel does not run
     reason: str | None = None  # None if the kernel runs
 
@@ -178,6 +178,8 @@ def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim:
             return Finding("not installed", reason=install(kernel.extra))
         errors = [_relative_error(probed, *_problem(*lengths, dtype, head_dim, device)) for lengths in _LENGTHS]
     except _FAILURES as error:
+        if isinstance(error, NotImplementedError) and device == "cpu":  # torch's message is as long as a page
+            return Finding("needs a GPU", reason="the package has no code for a CPU")
         return Finding("fails", reason=(str(error).strip().splitlines() or [type(error).__name__])[0])
     return Finding("runs", relative_error=max(errors))
 
