@@ -214,14 +214,6 @@ def test_random_weights_of_a_large_model_are_not_written_without_a_gpu(
     assert "error: --random-weights: no GPU was found, and Wan2.2-I2V-A14B needs one: " in outcome.err
 
 
-def test_one_repeat_shows_no_spread(wanfast: Wanfast, clips: Path) -> None:
-    few = ("--recipes", "exact", "--steps-measured", "2")
-    for repeats, shown in (("1", False), ("2", True)):
-        outcome = wanfast(*BENCH, *few, "--repeats", repeats)
-        assert outcome.exit_code == 0, outcome.err
-        assert ("±" in outcome.err) is shown
-
-
 def test_a_distilled_recipe_without_weights_is_a_row_with_the_reason(clips: Path, tmp_path: Path) -> None:
     given = SMALL | {"model": str(lora_files.tiny_without_loras(tmp_path))}
     bench = bench_of(clips, "exact", "lightning-4", given=given)
@@ -342,6 +334,9 @@ def test_the_terminal_shows_what_replaced_options_and_which_ratios_are_unclear()
     ]  # fmt: skip
     report = {"base": "exact", "rows": rows}
     assert list(table_of(report).columns[2].cells) == ["1.000", "0.990 ?", "0.990", ""]
+    assert list(table_of(report).columns[1].cells) == ["10.00 ± 0.20"] * 3 + ["needs CUDA"]
+    one = figures_of | {"recipe": "exact", "video_s": {"median": 10.0, "spread": 0.0, "of": 1}}
+    assert list(table_of(report | {"rows": [one]}).columns[1].cells) == ["10.00"]  # one repeat has no spread
     assert remarks_of(report) == [
         "?: unclear, because the seconds differ from those of exact by less than their spread",
         "with --attention auto (attention: flash): fa3, int8",

@@ -216,13 +216,14 @@ def test_texts_that_are_not_stored_are_returned(workdir: Path, capsys: pytest.Ca
 def test_a_session_that_stores_no_texts_encodes_each_once_and_uses_stored_ones(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(held_texts, "MOST", 4)
     encoded(["negative"])
     before = sorted((workdir / "artifacts/prompt_embeds").rglob("*"))
     made: list[str] = []
     encode = prompt_embeds._encode
     monkeypatch.setattr(prompt_embeds, "_encode", lambda tokens, *a: made.extend(tokens) or encode(tokens, *a))
     sessions = Sessions(Ranks("cpu"), stores_texts=False)
-    texts = [f"line {number}" for number in range(MOST + 8)]
+    texts = [f"line {number}" for number in range(6)]
     make([job_of(prompt=text, negative_prompt="negative") for text in texts], sessions)
     make([job_of(prompt=texts[-1], negative_prompt="negative")], sessions)  # is still held
     assert made == texts
