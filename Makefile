@@ -122,7 +122,7 @@ tiny-examples: generate
 
 # It needs Chromium, which takes the picture of the page.
 tiny-bench: bench
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1480,1072 --screenshot=docs/bench.png out/bench/report.html
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1480,1092 --screenshot=docs/bench.png out/bench/report.html
 
 # training/README.md lists what these are, and how long each one takes.
 tiny-tables: .venv/dev training/photographs.zip
