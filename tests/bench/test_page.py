@@ -81,7 +81,7 @@ def test_every_row_has_all_columns(tmp_path: Path, left_out: str | None) -> None
     quality = {"identical": False, "psnr": 30.0, "ssim": 0.9, "ms_ssim": 0.9, "flicker": 1.0, "motion": 1.0}
     quality["prompt_following"] = {"right": 1, "of": 2}
     known = {"overridden": [], "attention": None, "estimated": None, "ratio_unclear": not left_out}
-    seconds = {"median": 1.0, "spread": 0.1}
+    seconds = {"median": 1.0, "spread": 0.1, "of": 2}
     measured = {
         "recipe": "a", "status": "measured", "video_s": seconds, "ratio": 1.0,
         "forwards": {"computed": 2, "of": 2},
@@ -96,6 +96,19 @@ def test_every_row_has_all_columns(tmp_path: Path, left_out: str | None) -> None
     assert (
         ("<small>unclear</small>" in page.read_text()) == ("Unclear: the seconds" in page.read_text()) == (not left_out)
     )
+
+
+@pytest.mark.parametrize(("repeats", "shown"), [(1, "<td>1.00</td>"), (2, "<td>1.00 &plusmn; 0.00</td>")])
+def test_only_several_repeats_have_a_spread(tmp_path: Path, repeats: int, shown: str) -> None:
+    seconds = {"median": 1.0, "spread": 0.0, "of": repeats}
+    of_stage = seconds | {"median": 0.3}
+    row = {
+        "recipe": "a", "status": "measured", "video_s": seconds, "ratio": 1.0, "ratio_unclear": False,
+        "forwards": {"computed": 2, "of": 2}, "overridden": [], "attention": None, "estimated": None,
+        "seconds": dict.fromkeys(("encode", "denoise", "decode"), of_stage), "peak_memory_bytes": 1, "tflops": 1.0,
+        "peak_share": None, "start": {"seconds": of_stage}, "quality": None,
+    }  # fmt: skip
+    assert shown in written(tmp_path, rows=[row], quality_left_out="random", noise_floor={}).read_text()
 
 
 class _Server(ThreadingHTTPServer):
