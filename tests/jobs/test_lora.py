@@ -127,6 +127,8 @@ def test_a_lora_that_does_not_fit_closes_no_list(wanfast: Wanfast, loras: tuple[
         (("--lora", "none.safetensors"), 2, "--lora {here}/none.safetensors: no such file: check the path"),
         (("--lora", ""), 2, "--lora : has an empty value: give a .safetensors file"),
         (("--lora-high-noise", "a@101"), 2, "--lora-high-noise a@101: use a strength from -100 to 100"),
+        (("--lora", "out/motion.safetensors@101"), 2, "--lora out/motion.safetensors@101: use a strength from"),
+        (("--lora", f"{'a' * 90}@101"), 2, f"--lora {'a' * 57}...: use a strength from"),
         (("--lora", "cat.png"), 4, "--lora {here}/cat.png: "),
     ],
 )  # fmt: skip

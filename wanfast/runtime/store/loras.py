@@ -202,28 +202,29 @@ def lora_notes(models: ModelsConfig, root: Path) -> list[str]:
     A note names each LoRA file with dropped tensors: those for CLIP image features, because the model has no layers for
     them. Another note says that the user's LoRAs replace those that the model has for the recipe.
     """
-    headers = [(lora, read_header(lora.file, lora.flag)) for lora in loras_of(models)]
+    loras = loras_of(models)
+    headers = [(lora, read_header(lora.file, lora.flag)) for lora in loras]
     dropped = [
         f"{lora.flag} {lora.file.name}: the tensors for Wan2.1's CLIP image features ({header.num_dropped} in all) "
         "are dropped, because this model has no layers for such features"
         for lora, header in headers
         if header.num_dropped
     ]
-    unused = " ".join(_unused(models, root))
+    unused = " ".join(_unused(models, root, {lora.file for lora in loras}))
     if not unused:
         return dropped
     whose = f"--recipe {models.recipe}: your LoRAs replace the model's own LoRAs for it"
     return [*dropped, f"{whose}: to use these too, add {unused}"]
 
 
-def _unused(models: ModelsConfig, root: Path) -> Iterator[str]:
-    """Yields an option with each LoRA that the model in `root` has for the recipe, but that the run does not use.
+def _unused(models: ModelsConfig, root: Path, used: set[Path]) -> Iterator[str]:
+    """Yields an option with each LoRA that the model in `root` has for the recipe, but that is not among `used`.
 
     An expert whose weights an option names needs no LoRA for the recipe.
     """
     if models.recipe is None:
         return
-    used, folder = {lora.file for lora in loras_of(models)}, own_folder(models.recipe, root)
+    folder = own_folder(models.recipe, root)
     for expert in RECIPES[models.recipe].distilled:
         file = folder / f"{expert}.safetensors"
         if not getattr(models, f"{expert}_expert") and file.is_file() and file not in used:
